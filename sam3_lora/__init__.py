@@ -1,0 +1,16 @@
+"""What the scripts share, one concern a file.
+
+config      the options: dataclasses, YAML, flags; the only reader of configuration files
+model       loads SAM 3; device, precision, train and eval modes
+forward     our forward over SAM 3's sub-modules: every layer, masks on demand
+coco        reads, checks and writes COCO; polygons and RLE to and from masks
+faults      what can be wrong with a COCO file and its images
+formats     readers of other annotation formats, into COCO records
+dataset     image x prompts -> targets, negatives, transforms, collate_fn
+losses      matcher and criterion -> a dict of named losses
+metrics     box and mask AP, cgF1 and its factors, mask IoU
+engine      the only batch loop: training, evaluation, schedule, seeding
+evaluation  outputs to detections, a split to its metrics; a model ready to run
+checkpoint  the adapter file and the resume state
+drawing     overlays and curves
+"""

@@ -1,0 +1,491 @@
+"""The options of every script: one list of keys, read from YAML and from flags.
+
+A key is a field of one of the six sections; its help, range and choices are the field's metadata,
+and its flag is generated. Defaults come first, then a YAML file, then the flags. Whatever its
+source, a value arrives as text and is converted by the field's type: `1e-4` is a number and `no` a
+word in a file just as on a command line.
+"""
+
+import argparse
+import difflib
+import functools
+import logging
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+
+import yaml
+
+MAX_CONFIG_BYTES = 1_000_000
+MAX_SEED = 2**32 - 1  # NumPy's limit
+MAX_INTEGER = 2**53  # float() is exact up to here
+
+_PLAIN_TAGS = {"null", "bool", "int", "float", "str", "timestamp"}
+_NULL_WORDS = {"null", "none", "~"}
+_BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
+_BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
+_METAVARS = {int: "INT", float: "FLOAT", bool: "true|false", Path: "PATH", tuple: "NAME"}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+_KINDS |= {str: "a name", tuple: "names, such as q_proj,v_proj"}
+# Names that other trainers use and that look nothing like ours.
+_SYNONYMS = {"lr": "learning_rate", "bs": "batch_size", "r": "rank", "wd": "weight_decay"}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+_METRICS = ("ap", "ap50", "cgf1", "iou", "loss")
+_DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
+_PRECISIONS = ("auto", "bf16", "fp16", "no")
+_CHATTY_LIBRARIES = ("httpx", "httpcore", "urllib3", "filelock", "matplotlib", "PIL")
+
+
+class ConfigError(ValueError):
+    """An option is unknown, or its value cannot be used."""
+
+
+def _key(default: Any, help_text: str, **limits: Any) -> Any:
+    """A field; `limits`: low, high (inclusive), above, below (exclusive), choices, pattern."""
+    return field(default=default, metadata={"help": help_text, **limits})
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    name: str = _key("facebook/sam3", "base model: a hub id or a local folder")
+    geometry_cls: str = _key("meta", "geometry token of text-only prompts", choices=("meta", "hf"))
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    rank: int = _key(12, "rank of the update of each adapted layer", low=1)
+    alpha: float = _key(24.0, "the update is scaled by alpha / rank", above=0)
+    dropout: float = _key(0.0, "dropout on the input of the update", low=0, below=1)
+    target_modules: tuple[str, ...] = _key(_ATTENTION, "names of the layers to adapt")
+    apply_to_vision_encoder: bool = _key(True, "adapt the image backbone")
+    apply_to_text_encoder: bool = _key(False, "adapt the text encoder")
+    apply_to_geometry_encoder: bool = _key(False, "adapt the encoder of box prompts")
+    apply_to_detr_encoder: bool = _key(True, "adapt the fusion of image and prompt")
+    apply_to_detr_decoder: bool = _key(True, "adapt the decoder of the queries")
+    apply_to_mask_decoder: bool = _key(False, "adapt the mask head")
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    train_data_path: Path = _key(Path("data/train"), "folder of the training split")
+    val_data_path: Path | None = _key(None, "validation split; null: val/ or valid/ beside, if any")
+    batch_size: int = _key(4, "images per micro-batch", low=1)
+    gradient_accumulation_steps: int = _key(1, "micro-batches per step", low=1)
+    num_epochs: int = _key(10, "passes over the training split", low=1)
+    max_steps: int | None = _key(None, "steps in all; null: num_epochs decides", low=1)
+    learning_rate: float = _key(1e-4, "peak learning rate", above=0, high=1)
+    weight_decay: float = _key(0.01, "AdamW weight decay on the adapter", low=0)
+    max_grad_norm: float = _key(0.1, "gradients are clipped to this norm", above=0)
+    lr_schedule: str = _key("cosine", "learning rate after the warm-up", choices=_SCHEDULES)
+    warmup_steps: int = _key(100, "steps of linear warm-up", low=0)
+    seed: int = _key(42, "seed of every random choice", low=0, high=MAX_SEED)
+    prompts_per_image: int = _key(8, "most text prompts an image, absent ones included", low=1)
+    out_of_domain_prompts: int = _key(1, "words from outside the data set, per image", low=0)
+    augment: bool = _key(True, "random resize and placement")
+    flip_probability: float = _key(0.0, "chance of a horizontal flip", low=0, high=1)
+    mask_loss: str = _key("full", "where masks are compared", choices=("full", "native", "points"))
+    one_to_many: bool = _key(True, "also train queries that share an object")
+    pos_weight: float = _key(10.0, "weight of matched queries in classification", above=0)
+    over_queries: str = _key("cap", "objects beyond the queries", choices=("cap", "error"))
+    init_lora_weights: Path | None = _key(None, "adapter to start from; null: a fresh one")
+    eval_steps: int = _key(500, "steps between two evaluations", low=1)
+    save_steps: int = _key(1000, "steps between two checkpoints", low=1)
+    save_total_limit: int = _key(3, "checkpoints kept", low=1)
+
+
+@dataclass(frozen=True)
+class OutputSection:
+    output_dir: Path = _key(Path("outputs/sam3_lora"), "folder of the run")
+    logging_steps: int = _key(10, "steps between two lines of the log", low=1)
+    overwrite: bool = _key(False, "replace an earlier run in output_dir")
+    resume: bool = _key(False, "continue the run in output_dir from its last checkpoint")
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    best_metric: str = _key("ap", "figure that chooses best_model", choices=_METRICS)
+    max_val_images: int | None = _key(None, "first images evaluated in training; null: all", low=1)
+    score_threshold: float = _key(0.5, "lowest score of a detection kept", low=0, high=1)
+    max_detections: int = _key(100, "most detections an image, over all its prompts", low=1)
+
+
+@dataclass(frozen=True)
+class HardwareSection:
+    device: str = _key("auto", "auto, cpu, mps, cuda or cuda:N", pattern=_DEVICES)
+    mixed_precision: str = _key("auto", "arithmetic of the forward pass", choices=_PRECISIONS)
+    num_workers: int = _key(2, "processes that load images; 0: none", low=0)
+    max_rows_per_forward: int = _key(32, "most image x prompt pairs in one forward", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option, resolved. Stops at the scripts: modules take flat arguments."""
+
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    training: TrainingSection = TrainingSection()
+    output: OutputSection = OutputSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    hardware: HardwareSection = HardwareSection()
+
+
+class _Key(NamedTuple):
+    """One option: where it lives, what its value may be, its default."""
+
+    section: str
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    limits: dict[str, Any]
+
+
+def _list_keys() -> dict[str, _Key]:
+    """Every option, by its flag without dashes."""
+    keys = {}
+    for section, section_class in get_type_hints(Config).items():
+        hints = get_type_hints(section_class)
+        for item in fields(section_class):
+            hint, name = hints[item.name], item.name
+            optional = type(None) in get_args(hint)
+            kind = get_args(hint)[0] if optional else get_origin(hint) or hint
+            flag = f"{section}_{name}" if section in ("lora", "model") else name
+            keys[flag] = _Key(section, name, kind, optional, item.default, dict(item.metadata))
+    return keys
+
+
+SECTIONS = tuple(item.name for item in fields(Config))
+_KEYS = _list_keys()
+
+
+def _as_text(value: Any) -> Any:
+    """A typed value as it would be written: text, None, or a list of texts."""
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value.as_posix() if isinstance(value, Path) else value if value is None else str(value)
+
+
+def _convert(key: _Key, value: Any) -> Any:
+    """Text, None or a list of texts as the type of `key`; ValueError, KeyError or TypeError."""
+    limits = key.limits
+    if key.optional and (value is None or str(value).lower() in _NULL_WORDS):
+        return None
+    if key.kind is bool:
+        return _BOOLEANS[str(value).lower()]
+    if key.kind is tuple:
+        text = value if isinstance(value, str) else " ".join(value)
+        if not (names := tuple(dict.fromkeys(text.replace(",", " ").split()))):
+            raise ValueError(value)
+        return names
+    if key.kind in (int, float):
+        number = float(value)
+        whole = number.is_integer() and abs(number) <= MAX_INTEGER
+        inside = limits.get("low", -math.inf) <= number <= limits.get("high", sys.float_info.max)
+        strictly = limits.get("above", -math.inf) < number < limits.get("below", math.inf)
+        if not (inside and strictly and (whole or key.kind is float)):
+            raise ValueError(value)
+        return key.kind(number)
+    allowed = limits.get("choices", (value,))
+    if value not in allowed or not re.fullmatch(limits.get("pattern", r".*\S.*"), value):
+        raise ValueError(value)
+    if key.kind is Path:
+        return Path(value).expanduser() if value.startswith("~/") else Path(value)
+    return value
+
+
+def _expectation(key: _Key) -> str:
+    """What a value of `key` must be, with an example."""
+    if "choices" in key.limits:
+        return f"expected one of {', '.join(key.limits['choices'])}"
+    wording = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+    text = f"expected {key.limits['help'] if 'pattern' in key.limits else _KINDS[key.kind]}"
+    bounds = [f"{word} {key.limits[name]}" for name, word in wording.items() if name in key.limits]
+    bounds += ["or null"] if key.optional else []
+    return " ".join([text, *bounds]) + ("" if key.default is None else f" (default {key.default})")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few nested ones can stand for billions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            problem, mark = "an alias (*name) is not accepted", self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        return super().compose_node(parent, index)
+
+
+def _parse(path: Path) -> yaml.Node | None:
+    """The node tree of a YAML file; ConfigError when it has none, with the line if it is broken."""
+    try:
+        with path.open("rb") as stream:
+            # One byte past the limit tells a file, or an endless device, that is too long.
+            data = stream.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: expected a YAML file of at most {MAX_CONFIG_BYTES} bytes")
+        return _PlainLoader(data.decode("utf-8-sig")).get_single_node()
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: broken YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = _one_line(error)
+        raise ConfigError(f"{path}: expected a short YAML file in UTF-8: {reason}") from error
+
+
+def _node_value(node: yaml.Node) -> Any:
+    """A scalar as the text it was written as, None for null, a list of them; else its tag."""
+    tag = node.tag.removeprefix("tag:yaml.org,2002:")
+    if isinstance(node, yaml.ScalarNode) and tag in _PLAIN_TAGS:
+        return None if tag == "null" else node.value
+    if isinstance(node, yaml.SequenceNode) and tag == "seq":
+        return [_node_value(item) for item in node.value]
+    return {tag}  # no option takes a set, so it is refused, with the tag in the message
+
+
+def _read_yaml(path: Path, problems: list[str]) -> dict[str, tuple[Any, str]]:
+    """Value (text, None, a list) and source of a file's keys, by flag; adds to `problems`."""
+    root, found = _parse(path), {}
+    if root is None or root.tag.endswith(":null"):
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}:1: expected the sections {', '.join(SECTIONS)}, found none")
+    flags = {(key.section, key.name): flag for flag, key in _KEYS.items()}
+    # A section written twice goes on where it stopped, a key written twice is a problem.
+    for section_node, body in root.value:
+        section, source = str(section_node.value), f"{path}:{section_node.start_mark.line + 1}"
+        if section not in SECTIONS:
+            problems.append(f"{source}: unknown section {section!r}, {_place_hint(section)}")
+            continue
+        if not isinstance(body, yaml.MappingNode):
+            if not body.tag.endswith(":null"):
+                problems.append(f"{source}: expected indented `key: value` lines under {section}")
+            continue
+        for node, value in body.value:
+            name, source = str(node.value), f"{path}:{node.start_mark.line + 1}"
+            flag = flags.get((section, name))
+            if flag is None:
+                problems.append(f"{source}: unknown key {name}, {_place_hint(name, section)}")
+            elif flag in found:
+                problems.append(f"{source}: {section}.{name} is set again, after {found[flag][1]}")
+            else:
+                found[flag] = _node_value(value), source
+    return found
+
+
+def _nearest(name: str, candidates: Iterable[str], otherwise: str) -> str:
+    """`did you mean X?`, or `otherwise` when no candidate is close."""
+    close = difflib.get_close_matches(_SYNONYMS.get(name, name), list(candidates), n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+def _place_hint(name: str, section: str | None = None) -> str:
+    """Where a misplaced or misspelled YAML name belongs."""
+    places = {word: key for flag, key in _KEYS.items() for word in (flag, key.name)}
+    real = _SYNONYMS.get(name, name)
+    here = [key.name for key in _KEYS.values() if key.section == section] or SECTIONS
+    if real not in places and (close := _nearest(name, here, "")):
+        return close
+    for word in difflib.get_close_matches(real, places, n=1, cutoff=0.75):
+        return f"did you mean {places[word].name} in section {places[word].section}?"
+    return f"expected one of {', '.join(here)}"
+
+
+def load_config(config_path: Path | None, argv_overrides: dict[str, Any]) -> Config:
+    """Resolves the options: defaults, then the YAML file, then the overrides.
+
+    A `lora:` block that sets any `apply_to_*` leaves the others off; an override sets its own only.
+
+    Args:
+        config_path: A YAML file, complete or partial, or None for the defaults.
+        argv_overrides: Values by flag without dashes (`lora_rank`), as text or typed.
+
+    Returns:
+        The configuration; every value has its field's type and is in its range.
+
+    Raises:
+        ConfigError: The file cannot be read, or names or values are wrong: all in one message.
+    """
+    problems: list[str] = []
+    found = {} if config_path is None else _read_yaml(Path(config_path), problems)
+    components = [flag for flag in _KEYS if flag.startswith("lora_apply_to_")]
+    if not found.keys().isdisjoint(components):
+        found = {flag: ("false", str(config_path)) for flag in components} | found
+    for flag, value in argv_overrides.items():
+        if flag in _KEYS:
+            found[flag] = _as_text(value), f"--{flag}"
+        else:
+            problems.append(f"unknown option {flag}, {_nearest(flag, _KEYS, 'see --help')}")
+    config = Config()
+    for flag, (value, source) in found.items():
+        key = _KEYS[flag]
+        try:
+            section = replace(getattr(config, key.section), **{key.name: _convert(key, value)})
+            config = replace(config, **{key.section: section})
+        except (ValueError, KeyError, TypeError):
+            found_value = f"{key.section}.{key.name} is {'null' if value is None else repr(value)}"
+            problems.append(f"{source}: {found_value}, {_expectation(key)}")
+    if not any(getattr(config.lora, _KEYS[flag].name) for flag in components):
+        problems.append(f"no component is adapted: set one of {', '.join(components)} to true")
+    if config.output.overwrite and config.output.resume:
+        problems.append("output.overwrite and output.resume are both on: choose one")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes every option as a YAML file that loads back to the same configuration.
+
+    Args:
+        config: The resolved configuration.
+        path: The file; it appears whole or not at all.
+    """
+    sections = asdict(config)
+    for values in sections.values():
+        values |= {k: _as_text(v) for k, v in values.items() if isinstance(v, Path | tuple)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        yaml.safe_dump(sections, stream, sort_keys=False, allow_unicode=True)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Takes whole flag names only, names the nearest one, and fails in one line; has `--debug`."""
+
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, **{"allow_abbrev": False, **options})
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse; an unknown flag comes before a missing one, of which it is the cause."""
+        words = list(sys.argv[1:] if args is None else args)
+        flags, problems = self._option_string_actions, []
+        for name in (word.split("=")[0] for word in words if word.startswith("--")):
+            # argparse takes a word with a space in it for a value.
+            if name != "--" and name not in flags and " " not in name:
+                bare = name[2:].replace("-", "_")
+                real = f"--{_SYNONYMS.get(bare, bare)}"
+                problems.append(f"unknown flag {name}, {_nearest(real, flags, 'none is like it')}")
+        # A sub-command's flags are known to its own parser, which comes here too.
+        if problems and self._subparsers is None:
+            self.error("; ".join(problems))
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints `message` on one line and exits with code 2."""
+        self.exit(2, f"error: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+def add_config_flags(parser: argparse.ArgumentParser, sections: Iterable[str] = SECTIONS) -> None:
+    """Adds `--config` and one flag for each key of `sections`.
+
+    Args:
+        parser: The script's parser.
+        sections: The sections whose keys the script reads.
+    """
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of options")
+    groups = {section: parser.add_argument_group(f"{section} options") for section in sections}
+    arity = {bool: {"nargs": "?", "const": "true"}, tuple: {"nargs": "+"}}
+    for flag, key in _KEYS.items():
+        if key.section in groups:
+            default = _as_text(key.default) or "null"
+            default = " ".join(default) if isinstance(default, list) else default
+            groups[key.section].add_argument(
+                f"--{flag}",
+                # Kept as text: config_from_args converts all at once, and reports all at once.
+                default=argparse.SUPPRESS,
+                metavar="|".join(key.limits.get("choices", ())) or _METAVARS.get(key.kind, "TEXT"),
+                help=f"{key.limits['help']} (default: {default})".replace("%", "%%"),
+                **arity.get(key.kind, {}),
+            )
+
+
+def config_from_args(args: argparse.Namespace) -> Config:
+    """Resolves the options from parsed flags and the YAML file of `--config`.
+
+    Args:
+        args: From a parser with `add_config_flags`; what is None or no option is ignored.
+
+    Returns:
+        The configuration; raises as `load_config` does.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    overrides = {flag: given[flag] for flag in _KEYS if flag in given}
+    return load_config(given.get("config"), overrides)
+
+
+def _one_line(message: object) -> str:
+    """A message without its line breaks."""
+    return " ".join(str(message).split())
+
+
+def user_errors(*errors: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorates `main(argv=None) -> int`: what a user can cause ends in one line and an exit code.
+
+    Args:
+        *errors: The exceptions a user's input can cause, beside ConfigError and OSError.
+
+    Returns:
+        A decorator. Main then returns 2 after such an error (its traceback is shown with
+        `--debug`) or a wrong command line, and 130 after an interrupt; a bug passes through.
+    """
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def guarded(argv: Sequence[str] | None = None) -> int:
+            try:
+                return main(argv)
+            except SystemExit as stop:
+                return stop.code if isinstance(stop.code, int) else 2 * (stop.code is not None)
+            except KeyboardInterrupt:
+                sys.stderr.write("interrupted\n")
+                return 130
+            except (ConfigError, OSError, *errors) as error:
+                if "--debug" in (sys.argv if argv is None else argv):
+                    traceback.print_exc()
+                sys.stderr.write(f"error: {_one_line(error)}\n")
+                return 2
+
+        return guarded
+
+    return decorate
+
+
+def setup_logging(log_file: Path | None = None, level: int | str = logging.INFO) -> None:
+    """Sends log lines to stderr and to the end of a file. A second call replaces the first.
+
+    Args:
+        log_file: A file, made with its folder if it does not exist; None: stderr only.
+        level: The lowest level shown.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if log_file is not None:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    root = logging.getLogger()
+    # Named, so that handlers of others (a test's, a notebook's) are left alone.
+    for handler in [item for item in root.handlers if item.get_name() == __name__]:
+        root.removeHandler(handler)
+        handler.close()
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+    for handler in handlers:
+        handler.set_name(__name__)
+        handler.setFormatter(form)
+        root.addHandler(handler)
+    root.setLevel(level)
+    for name in _CHATTY_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.WARNING)
