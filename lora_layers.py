@@ -1,0 +1,346 @@
+"""Low-rank adaptation (LoRA) of `nn.Linear` layers, in one file that needs only torch.
+
+    y = x W^T + b + scaling * (dropout(x) A^T) B^T        scaling = alpha / rank
+
+    x (..., in) ---> W (out, in), frozen ----------------------------> + ---> y (..., out)
+          \\                                                           ^
+           '-> dropout -> A (rank, in) -> B (out, rank) -> * scaling -'
+
+A starts Kaiming-uniform and B starts at zero, so an adapted model equals its base bit for bit until
+the first optimizer step. A and B are kept in fp32 whatever the base's dtype and are cast for the
+product.
+
+    matched = apply_lora(model, LoRAConfig(rank=8, alpha=16, components=("detr_decoder",)))
+    print(lora_table(model))
+    ...                                   # train: only names with `lora_` require gradients
+    torch.save(lora_state_dict(model), "lora.pt")
+    merge_lora(model)                     # for inference; unmerge_lora restores the base
+
+Source: Hu et al., LoRA, arXiv:2106.09685, section 4.1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# The parts of SAM 3 that can be adapted: attributes of the model, whole first segments of a name.
+COMPONENTS = (
+    "vision_encoder",
+    "text_encoder",
+    "geometry_encoder",
+    "detr_encoder",
+    "detr_decoder",
+    "mask_decoder",
+)
+# The attention's output projection has two names in SAM 3: CLIP's text encoder says `out_proj`, all
+# else `o_proj`. Either target means both, or a list with one of them would skip a part in silence.
+OUTPUT_PROJECTION = ("o_proj", "out_proj")
+# Linear layers whose output nothing reads: an adapter there would never receive a gradient.
+UNUSED_LINEARS = ("text_encoder.text_projection",)
+
+
+class AdapterError(ValueError):
+    """An adapter that fits neither the model nor its own description; the message names both
+    sides."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What to adapt and how strongly.
+
+    Args:
+        rank: r >= 1, the inner dimension of the update.
+        alpha: > 0; the update is scaled by alpha / rank.
+        dropout: probability in [0, 1) on the input of A, in training mode only.
+        target_modules: names of Linear layers, matched on whole dotted segments from the end:
+            `q_proj`, `self_attn.q_proj` and `layers.3.mlp.fc1` are targets, `proj` matches none.
+        components: attributes of the model to look in; see `COMPONENTS`.
+    """
+
+    rank: int = 12
+    alpha: float = 24.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    components: tuple[str, ...] = ("vision_encoder", "detr_encoder", "detr_decoder")
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear layer plus a trainable low-rank update.
+
+    Args:
+        base: the layer to adapt, weight (out, in); it is frozen here.
+        rank: r >= 1.
+        alpha: > 0; scaling = alpha / rank.
+        dropout: probability in [0, 1) on the update's input, in training mode only.
+
+    Raises:
+        AdapterError: rank, alpha or dropout out of range.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        if rank < 1:
+            raise AdapterError(f"lora.rank: expected an integer >= 1, found {rank}")
+        if alpha <= 0:
+            raise AdapterError(f"lora.alpha: expected a number > 0, found {alpha}")
+        if not 0.0 <= dropout < 1.0:
+            raise AdapterError(f"lora.dropout: expected a number in [0, 1), found {dropout}")
+        self.base = base.requires_grad_(False)
+        self.rank = rank
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self._unmerged_weight: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base weight (out, in), for callers that treat this as an `nn.Linear`."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base bias (out,), or None."""
+        return self.base.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is inside the base weight at present."""
+        return self._unmerged_weight is not None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (..., in) to (..., out) in the dtype of the base layer's output."""
+        y = self.base(x)
+        if self.merged:
+            return y
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
+        # Scaling the (out, rank) factor saves a pass over the (..., out) result.
+        return y + F.linear(low, (self.lora_B * self.scaling).to(x.dtype))
+
+    def delta_weight(self) -> torch.Tensor:
+        """The update of the weight, scaling * B A: (out, in), fp32."""
+        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the update to the base weight, summed in fp32; a second call changes nothing."""
+        if self.merged:
+            return
+        weight = self.base.weight
+        self._unmerged_weight = weight.detach().clone()
+        weight.copy_((weight.float() + self.delta_weight()).to(weight.dtype))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the exact base weight back (a copy, not a subtraction); a second call does
+        nothing."""
+        if not self.merged:
+            return
+        self.base.weight.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"rank={self.rank}, scaling={self.scaling:g}, merged={self.merged}"
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Freezes the whole model, then puts a `LoRALinear` in place of every Linear that matches.
+
+    Args:
+        model: a SAM 3 model; its six components are attributes of the names in `COMPONENTS`.
+        config: what to adapt.
+
+    Returns:
+        Dotted names of the adapted layers, in the model's order. Afterwards the only parameters
+        that require gradients are those whose name contains `lora_`.
+
+    Raises:
+        AdapterError: an unknown component, a target or a component that matched nothing, a model
+            that is adapted already. Nothing has been replaced then.
+    """
+    if any(True for _ in lora_modules(model)):
+        raise AdapterError(
+            "the model is adapted already: expected a base model without LoRA layers"
+        )
+    matched = match_modules(model, config)
+    model.requires_grad_(False)
+    for name in matched:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        base = getattr(parent, leaf)
+        setattr(parent, leaf, LoRALinear(base, config.rank, config.alpha, config.dropout))
+    strangers = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    assert not strangers, f"trainable parameters that are not LoRA's: {strangers}"
+    return matched
+
+
+def match_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The names of the Linear layers that a configuration adapts, in the model's order.
+
+    Args:
+        model: a SAM 3 model without LoRA layers.
+        config: targets and components.
+
+    Raises:
+        AdapterError: lists every component and target that matched nothing, with the nearest names.
+    """
+    unknown = [c for c in config.components if c not in COMPONENTS]
+    if unknown or not config.components:
+        raise AdapterError(
+            f"lora.apply_to_*: expected one or more of {', '.join(COMPONENTS)}; found "
+            f"{', '.join(unknown) or 'none'}"
+        )
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.split(".")[0] in config.components
+        and name not in UNUSED_LINEARS
+    ]
+    hits = {target: [n for n in linears if _matches(n, target)] for target in config.target_modules}
+    chosen = {name for names in hits.values() for name in names}
+    problems = []
+    for target, names in hits.items():
+        if not names:
+            problems.append(f"target {target!r} matched no Linear layer{_nearest(target, linears)}")
+    for component in config.components:
+        if not any(name.split(".")[0] == component for name in chosen):
+            leaves = sorted({n.split(".")[-1] for n in linears if n.split(".")[0] == component})
+            problems.append(
+                f"component {component} matched no target (its layers: {', '.join(leaves)})"
+            )
+    if problems or not chosen:
+        raise AdapterError(
+            "lora.target_modules / lora.apply_to_*: "
+            + "; ".join(problems or ["no target is given"])
+        )
+    return [name for name in linears if name in chosen]
+
+
+def _matches(name: str, target: str) -> bool:
+    """Whether a target's dotted segments are the last ones of a name; o_proj means out_proj too."""
+    segments, wanted = name.split("."), target.split(".")
+    tail = segments[-len(wanted) :]
+    if tail == wanted:
+        return True
+    both_outputs = tail[-1] in OUTPUT_PROJECTION and wanted[-1] in OUTPUT_PROJECTION
+    return both_outputs and tail[:-1] == wanted[:-1]
+
+
+def _nearest(target: str, names: Iterable[str]) -> str:
+    """A hint: the leaf names nearest to a target that matched nothing, or all of them."""
+    leaves = sorted({name.split(".")[-1] for name in names})
+    close = difflib.get_close_matches(target, leaves, n=3)
+    return f" (nearest: {', '.join(close)})" if close else f" (there are: {', '.join(leaves)})"
+
+
+def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Yields (dotted name, layer) of every `LoRALinear`, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors.
+
+    Returns:
+        `<layer>.lora_A` (rank, in) and `<layer>.lora_B` (out, rank) for every adapted layer, fp32,
+        on the CPU, detached; the names are those of the base model's layers.
+    """
+    state = {}
+    for name, module in lora_modules(model):
+        state[f"{name}.lora_A"] = module.lora_A.detach().float().cpu().clone()
+        state[f"{name}.lora_B"] = module.lora_B.detach().float().cpu().clone()
+    return state
+
+
+@torch.no_grad()
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copies an adapter's tensors into an adapted model; all of them fit, or none is copied.
+
+    Args:
+        model: a model on which `apply_lora` has run.
+        state: as `lora_state_dict` gives.
+
+    Raises:
+        AdapterError: lists the first missing, unexpected and misshapen names, with their counts.
+    """
+    own = {}
+    for name, module in lora_modules(model):
+        own[f"{name}.lora_A"] = module.lora_A
+        own[f"{name}.lora_B"] = module.lora_B
+    misshapen = [
+        f"{n} {tuple(state[n].shape)} where the model has {tuple(own[n].shape)}"
+        for n in own
+        if n in state and state[n].shape != own[n].shape
+    ]
+    faults = {
+        "missing": [n for n in own if n not in state],
+        "unexpected": [n for n in state if n not in own],
+        "misshapen": misshapen,
+    }
+    if any(faults.values()):
+        parts = [f"{len(v)} {k} ({_some(v)})" for k, v in faults.items() if v]
+        raise AdapterError(f"the adapter does not fit the model: {'; '.join(parts)}")
+    merged = [name for name, module in lora_modules(model) if module.merged]
+    if merged:
+        raise AdapterError(f"unmerge before loading: {len(merged)} layers are merged")
+    for name, parameter in own.items():
+        parameter.copy_(state[name])
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """The first few of a list of names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Merges every LoRA layer of a model; idempotent."""
+    for _, module in lora_modules(model):
+        module.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Restores every LoRA layer's exact base weight; idempotent."""
+    for _, module in lora_modules(model):
+        module.unmerge()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Counts parameters: (those that require gradients, those of the base model without LoRA)."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    return trainable, base
+
+
+def lora_table(model: nn.Module) -> str:
+    """A table of the adapted layers and parameters by component, for the log.
+
+    Returns:
+        One line a component, then the total and its share of the base model's parameters.
+    """
+    layers = dict.fromkeys(COMPONENTS, 0)
+    parameters = dict.fromkeys(COMPONENTS, 0)
+    for name, module in lora_modules(model):
+        component = name.split(".")[0]
+        layers[component] += 1
+        parameters[component] += module.lora_A.numel() + module.lora_B.numel()
+    total = sum(parameters.values())
+    base = count_parameters(model)[1]
+    lines = [f"{'component':<18}{'layers':>8}{'parameters':>14}"]
+    lines += [f"{c:<18}{layers[c]:>8}{parameters[c]:>14,}" for c in COMPONENTS if layers[c]]
+    lines.append(
+        f"{'total':<18}{sum(layers.values()):>8}{total:>14,}  ({total / base:.3%} of base)"
+    )
+    return "\n".join(lines)
