@@ -1,0 +1,239 @@
+r"""Brings annotated images into the one layout that training reads, and checks it.
+
+    python prepare_data.py create --output_dir data
+    python prepare_data.py coco --coco_json annotations.json --images_dir images/ \
+        --output_dir data --split train
+    python prepare_data.py validate --data_dir data --split train
+
+Also `yolo`, for YOLO boxes and polygons; `prepare_data.py yolo --help` lists its flags.
+
+Outputs: `<output_dir>/<split>/annotations.json` (COCO) and `<output_dir>/<split>/images/`, copies
+of the images; data/README.md describes both. A split is written whole or not at all. `validate`
+writes nothing: it prints a summary and the faults, and exits with 2 if one of them is an error.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+from sam3_lora.coco import (
+    CocoSplit,
+    DatasetError,
+    Fault,
+    check_prompts,
+    find_faults,
+    find_split,
+    read_coco,
+    split_dir,
+    write_split,
+)
+from sam3_lora.config import ConfigError, setup_logging, user_errors
+from sam3_lora.formats import read_yolo
+
+logger = logging.getLogger("prepare_data")
+
+SPLITS = ("train", "val", "valid", "test")
+FAULTS_LISTED = 5  # of each kind
+NAMES_LISTED = 5
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line, one subcommand an operation."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="Each command has its own --help."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument(
+        "--output_dir", type=Path, default=Path("data"), help="data folder (default: data)"
+    )
+    split = argparse.ArgumentParser(add_help=False)
+    split.add_argument("--split", choices=SPLITS, default="train", help="default: train")
+    write = argparse.ArgumentParser(add_help=False, parents=[output, split, debug])
+    write.add_argument(
+        "--prompts",
+        metavar="JSON",
+        help='phrases for category names, {"name": "phrase"}, or a file that holds them',
+    )
+    write.add_argument("--overwrite", action="store_true", help="replace a split that has files")
+
+    commands.add_parser("create", parents=[output, debug], help="make the empty folders")
+    coco = commands.add_parser("coco", parents=[write], help="COCO or Roboflow COCO")
+    coco.add_argument("--coco_json", type=Path, required=True, help="annotation file")
+    coco.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
+    yolo = commands.add_parser("yolo", parents=[write], help="YOLO boxes or polygons")
+    yolo.add_argument("--yolo_dir", type=Path, required=True, help="folder of images and labels")
+    yolo.add_argument("--classes", help='names of class 0, 1, ... as "person,car"; else data.yaml')
+    check = commands.add_parser("validate", parents=[split, debug], help="check a split")
+    check.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
+    )
+    return parser
+
+
+def create_folders(output_dir: Path) -> None:
+    """Makes train/, val/ and test/ with images/ in each; leaves what exists."""
+    for split in ("train", "val", "test"):
+        folder = split_dir(output_dir, split) / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        sys.stdout.write(f"{folder}\n")
+
+
+def read_source(args: argparse.Namespace) -> CocoSplit:
+    """Returns the records that a conversion command reads."""
+    if args.command == "coco":
+        return skip_missing(read_coco(args.coco_json, args.images_dir))
+    names = None
+    if args.classes is not None:
+        names = [name.strip() for name in args.classes.split(",")]
+        if not all(names) or len(set(names)) < len(names):
+            found = f"expected --classes as names that differ, found {args.classes!r}"
+            raise DatasetError(f'{found}; write them as "person,car"')
+    return read_yolo(args.yolo_dir, args.split, names)
+
+
+def skip_missing(source: CocoSplit) -> CocoSplit:
+    """Returns the records without the images that are not on disk, and reports those.
+
+    An image of which the file alone, without the sub-folder that the JSON names, lies in the images
+    folder is found there, unless two images would then be one.
+    """
+    bare = Counter(PurePosixPath(image["file_name"]).name for image in source.images)
+    kept, missing = [], []
+    for image in source.images:
+        name = PurePosixPath(image["file_name"]).name
+        if source.image_path(image).is_file():
+            kept.append(image)
+        elif bare[name] == 1 and (source.images_dir / name).is_file():
+            kept.append(image | {"file_name": name})
+        else:
+            missing.append(image)
+    if not kept:
+        first = source.image_path(source.images[0])
+        raise DatasetError(
+            f"expected the images of {source.annotations_file} in {source.images_dir}, found none "
+            f"of {len(missing)} (the first would be {first}); check --images_dir"
+        )
+    if missing:
+        objects = sum(len(source.annotations[image["id"]]) for image in missing)
+        names = ", ".join(image["file_name"] for image in missing[:NAMES_LISTED])
+        logger.warning(
+            "skipped %d of %d images, which are not in %s, and their %d objects: %s%s",
+            len(missing),
+            len(source.images),
+            source.images_dir,
+            objects,
+            names,
+            ", ..." if len(missing) > NAMES_LISTED else "",
+        )
+    annotations = {image["id"]: source.annotations[image["id"]] for image in kept}
+    return dataclasses.replace(source, images=kept, annotations=annotations)
+
+
+def read_prompts(text: str | None, source: CocoSplit) -> dict[str, str]:
+    """Returns the source's prompts, with those of `--prompts` (JSON, or a file of it) over them."""
+    if text is None:
+        return source.prompts
+    inline = text.lstrip().startswith("{")
+    if not inline and not Path(text).is_file():
+        found = f"expected --prompts as JSON or as a file of it, found {text!r}, neither"
+        raise DatasetError(f'{found}; write {{"name": "phrase"}}')
+    try:
+        given = json.loads(text if inline else Path(text).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        found = f'expected --prompts as JSON, {{"name": "phrase"}}, found {text!r} ({error})'
+        raise DatasetError(f"{found}; correct it") from error
+    check_prompts(given, source.categories.values())
+    return source.prompts | given
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Reads the source, writes the split and prints what it holds."""
+    source = read_source(args)
+    prompts = read_prompts(args.prompts, source)
+    folder = write_split(
+        args.output_dir,
+        args.split,
+        source.images,
+        source.annotations,
+        source.categories,
+        prompts,
+        images_dir=source.images_dir,
+        overwrite=args.overwrite,
+    )
+    sys.stdout.write(f"{folder}\n{summary(dataclasses.replace(source, prompts=prompts))}")
+    logger.info(
+        "check it with: python prepare_data.py validate --data_dir %s --split %s",
+        args.output_dir,
+        args.split,
+    )
+
+
+def summary(split: CocoSplit) -> str:
+    """Returns the counts of a split, a line for the whole and one for each category."""
+    objects = [item for items in split.annotations.values() for item in items]
+    empty = sum(not items for items in split.annotations.values())
+    masks = sum(item["segmentation"] is not None for item in objects)
+    crowds = sum(item["iscrowd"] for item in objects)
+    count = Counter(item["category_id"] for item in objects)
+    lines = [
+        f"images      {len(split.images)} ({empty} without an object)",
+        f"objects     {len(objects)} ({masks} with a mask, {crowds} crowds)",
+        f"categories  {len(split.categories)}",
+    ]
+    for category_id, name in split.categories.items():
+        phrase = split.phrase(category_id)
+        prompt = "" if phrase == name else f'  prompted as "{phrase}"'
+        lines.append(f"  {count[category_id]:7d}  {name}{prompt}")
+    return "\n".join(lines) + "\n"
+
+
+def fault_report(faults: list[Fault]) -> str:
+    """Returns the faults, errors first, the first few of each kind, and their total."""
+    groups: dict[tuple[str, str], list[Fault]] = {}
+    for fault in sorted(faults, key=lambda fault: fault.level):
+        groups.setdefault((fault.level, fault.kind), []).append(fault)
+    lines = []
+    for (level, kind), group in groups.items():
+        lines.append(f"{level}: {kind} ({len(group)})")
+        lines.extend(f"  {fault}" for fault in group[:FAULTS_LISTED])
+        if len(group) > FAULTS_LISTED:
+            lines.append(f"  ... and {len(group) - FAULTS_LISTED} more")
+    errors = sum(fault.level == "error" for fault in faults)
+    lines.append(f"errors {errors}, warnings {len(faults) - errors}")
+    return "\n".join(lines) + "\n"
+
+
+def validate(data_dir: Path, split: str) -> int:
+    """Prints the summary and the faults of a split; returns 2 if one is an error, else 0."""
+    annotations_file, images_dir = find_split(split_dir(data_dir, split))
+    faults = find_faults(annotations_file, images_dir)
+    sys.stdout.write(f"{annotations_file}\n")
+    if not any(fault.fatal for fault in faults):
+        sys.stdout.write(summary(read_coco(annotations_file, images_dir)))
+    sys.stdout.write(fault_report(faults))
+    return 2 if any(fault.level == "error" for fault in faults) else 0
+
+
+@user_errors(DatasetError, ConfigError)
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    setup_logging(None, logging.INFO)
+    if args.command == "create":
+        create_folders(args.output_dir)
+    elif args.command == "validate":
+        return validate(args.data_dir, args.split)
+    else:
+        convert(args)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,417 @@
+"""Reads, checks and writes COCO annotations; turns polygons and RLE into masks; reads images.
+
+A split is a folder: `annotations.json` with `images/` (what `prepare_data.py` writes), or a
+Roboflow export, `_annotations.coco.json` with the images beside it. Reading is strict: what
+training could not use raises `DatasetError`, by the checks of `faults.py`. Boxes are xywh in
+pixels of the image as shown, that is after its EXIF rotation.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from pycocotools import mask as mask_utils
+
+from sam3_lora.faults import (
+    IMAGE_ERRORS,
+    IMAGE_SUFFIXES,
+    DatasetError,
+    Fault,
+    check_prompts,
+    clean_name,
+    find_faults,
+    find_position,
+    id_key,
+    image_size,
+    kept_categories,
+    load_json,
+    mask_problem,
+    positions_by_id,
+    record_faults,
+    segmentation_of,
+)
+
+# The checks are part of this module's interface: the other modules import them from here.
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "CocoSplit",
+    "DatasetError",
+    "Fault",
+    "check_prompts",
+    "decode_mask",
+    "encode_mask",
+    "find_faults",
+    "find_split",
+    "image_size",
+    "mask_area",
+    "mask_iou",
+    "read_coco",
+    "read_image",
+    "read_split",
+    "sibling_val",
+    "split_dir",
+    "to_rle",
+    "write_split",
+]
+
+SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
+UINT16_TO_UINT8 = 257  # 65535 / 255
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """One split, with every id an int from 1.
+
+    Attributes:
+        images: `id, file_name, width, height`, in file order; `source_id` where the id is new.
+        annotations: Image id -> its objects in file order, for every image: `id, category_id,
+            bbox` (xywh, pixels), `segmentation` (polygons, RLE, or None: a box only), `iscrowd`
+            (0 or 1), `area` (pixels), and `source_id` where the id is new.
+        categories: Category id -> name, in file order.
+        prompts: Category name -> phrase, for the names that are not prompted as they are.
+    """
+
+    annotations_file: Path
+    images_dir: Path
+    images: list[dict[str, Any]]
+    annotations: dict[int, list[dict[str, Any]]]
+    categories: dict[int, str]
+    prompts: dict[str, str]
+
+    def image_path(self, image: Mapping[str, Any]) -> Path:
+        """Returns where the file of an entry of `images` is."""
+        return self.images_dir / image["file_name"]
+
+    def phrase(self, category_id: int) -> str:
+        """Returns a category's prompt: its `prompts` entry, or its name with _ and - as spaces."""
+        name = self.categories[category_id]
+        return _folded(self.prompts.get(name) or name.replace("_", " ").replace("-", " "))
+
+
+def split_dir(data_dir: Path, split: str) -> Path:
+    """Returns a split's folder, `val` and `valid` being one; of two, that which holds annotations.
+
+    The folder need not exist; its name is then `val`, never `valid`.
+    """
+    names = (split, "valid" if split == "val" else "val") if split in ("val", "valid") else (split,)
+    folders = [Path(data_dir) / name for name in names]
+    annotated = [folder for folder in folders if _annotation_file(folder)]
+    existing = [folder for folder in folders if folder.is_dir()]
+    return (annotated or existing or [Path(data_dir) / ("val" if "val" in names else split)])[0]
+
+
+def sibling_val(train_path: Path) -> Path | None:
+    """Returns the annotated `val` or `valid` folder beside a training split, or None."""
+    folder = split_dir(Path(train_path).parent, "val")
+    same = folder.resolve() == Path(train_path).resolve()
+    return folder if _annotation_file(folder) and not same else None
+
+
+def find_split(path: Path) -> tuple[Path, Path]:
+    """Returns a split folder's annotation file and images folder.
+
+    Raises:
+        DatasetError: Neither layout is there; the message names both.
+    """
+    path = Path(path)
+    for name, images in SPLIT_LAYOUTS:
+        if (path / name).is_file() and (path / images).is_dir():
+            return path / name, path / images
+    wanted = "annotations.json with images/ or _annotations.coco.json with the images beside it"
+    found = "no such folder" if not path.is_dir() else _contents(path)
+    inside = [child for child in _folders(path) if _annotation_file(child)]
+    remedy = f"name one split, such as {inside[0]}" if inside else "run prepare_data.py first"
+    raise DatasetError(f"expected {wanted} in {path}, found {found}; {remedy}")
+
+
+def _annotation_file(folder: Path) -> Path | None:
+    """The annotation file of a split folder, if it has one."""
+    return next((folder / n for n, _ in SPLIT_LAYOUTS if (folder / n).is_file()), None)
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders in a folder, sorted; none where it is absent."""
+    return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+
+
+def _contents(path: Path) -> str:
+    """The first names in a folder, for a message."""
+    names = sorted(child.name for child in path.iterdir())
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "an empty folder"
+
+
+def read_split(path: Path) -> CocoSplit:
+    """Reads a split folder; see `find_split` and `read_coco`."""
+    return read_coco(*find_split(path))
+
+
+def read_coco(annotations_file: Path, images_dir: Path) -> CocoSplit:
+    """Reads a COCO file, without opening an image.
+
+    Ids that are not unique ints from 1 are numbered from 1 in file order. A category with id 0
+    that no annotation uses is a Roboflow root and is dropped. A box or area that is missing is
+    taken from the mask. A box outside the image or without area is kept: `find_faults` names it.
+
+    Raises:
+        DatasetError: Broken JSON, no images or categories, a missing key, an unknown id, a box or
+            a mask that cannot be used, a file name that leaves the folder.
+    """
+    annotations_file, images_dir = Path(annotations_file), Path(images_dir)
+    payload = load_json(annotations_file)
+    fatal = [fault for fault in record_faults(payload, annotations_file) if fault.fatal]
+    if fatal:
+        more = f" ({len(fatal) - 1} more: prepare_data.py validate lists them)"
+        raise DatasetError(f"{fatal[0]}{more if len(fatal) > 1 else ''}")
+    category_rows = kept_categories(payload)
+    category_ids, category_at = _numbers(category_rows), positions_by_id(category_rows)
+    image_at = positions_by_id(payload["images"])
+    images = [
+        {
+            "id": number,
+            "file_name": clean_name(row["file_name"]),
+            "width": int(row["width"]),
+            "height": int(row["height"]),
+        }
+        | _source(row, number)
+        for row, number in zip(payload["images"], _numbers(payload["images"]), strict=True)
+    ]
+    annotations: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    rows = payload["annotations"]
+    for row, number in zip(rows, _numbers(rows), strict=True):
+        image = images[find_position(image_at, row["image_id"])]
+        category_id = category_ids[find_position(category_at, row["category_id"])]
+        annotations[image["id"]].append(_annotation(row, number, category_id, image))
+    names = [row["name"] for row in category_rows]
+    return CocoSplit(
+        annotations_file=annotations_file,
+        images_dir=images_dir,
+        images=images,
+        annotations=annotations,
+        categories=dict(zip(category_ids, names, strict=True)),
+        prompts={k: v for k, v in (payload.get("prompts") or {}).items() if k in names},
+    )
+
+
+def _annotation(row: dict, number: int, category_id: int, image: dict) -> dict[str, Any]:
+    """The record of an annotation that has passed `_annotation_faults`."""
+    segmentation = segmentation_of(row)
+    size = image["height"], image["width"]
+    bbox, area = row.get("bbox"), row.get("area")
+    if bbox is None:
+        bbox = mask_utils.toBbox(to_rle(segmentation, *size)).tolist()
+    if area is None:
+        area = mask_area(segmentation, *size) if segmentation is not None else bbox[2] * bbox[3]
+    return {
+        "id": number,
+        "category_id": category_id,
+        "bbox": [float(value) for value in bbox],
+        "segmentation": segmentation,
+        "iscrowd": int(row.get("iscrowd") or 0),
+        "area": float(area),
+    } | _source(row, number)
+
+
+def _source(row: dict, number: int) -> dict[str, Any]:
+    """The id that `number` stands for, unless it is the same."""
+    source = row.get("source_id", row.get("id"))
+    return {} if source is None or source == number else {"source_id": source}
+
+
+def _numbers(rows: list[dict]) -> list[int]:
+    """The rows' ids if they are unique ints from 1, else 1, 2, ... in file order."""
+    keys = [id_key(row.get("id")) for row in rows]
+    keep = all(isinstance(k, int) and k >= 1 for k in keys) and len(set(keys)) == len(keys)
+    return keys if keep else list(range(1, len(rows) + 1))
+
+
+def _folded(text: str) -> str:
+    """A text with its white space folded to single spaces."""
+    return " ".join(text.split())
+
+
+def to_rle(segmentation: list | dict, height: int, width: int) -> dict[str, Any]:
+    """Returns polygons or an RLE as a compressed RLE, the union of several parts.
+
+    Args:
+        segmentation: Polygons `[[x, y, ...], ...]` in pixels, or an RLE, compressed or not.
+        height: Of the image, pixels.
+        width: Of the image, pixels.
+
+    Returns:
+        `{"size": [height, width], "counts": str}`, clipped to the image.
+
+    Raises:
+        DatasetError: Too few points, an RLE of another size, runs that do not add up.
+    """
+    problem = mask_problem(segmentation, height, width)
+    if problem:
+        raise DatasetError(f"{problem}; prepare_data.py validate names the annotation")
+    rle = segmentation
+    if isinstance(segmentation, list):
+        rle = mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        rle = mask_utils.frPyObjects(segmentation, height, width)
+    counts = rle["counts"]
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+    return {"size": [height, width], "counts": text}
+
+
+def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """Returns the mask (height, width), bool, of polygons or an RLE; see `to_rle`."""
+    return mask_utils.decode(to_rle(segmentation, height, width)).astype(bool)
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Returns the compressed RLE of a mask (height, width); `decode_mask` gives it back."""
+    rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def mask_area(segmentation: list | dict, height: int, width: int) -> float:
+    """Returns the area in pixels of polygons or an RLE; see `to_rle`."""
+    return float(mask_utils.area(to_rle(segmentation, height, width)))
+
+
+def mask_iou(a: Sequence[dict], b: Sequence[dict]) -> np.ndarray:
+    """Returns the IoU, float64 (len(a), len(b)), of each pair of compressed RLEs."""
+    if not a or not b:
+        return np.zeros((len(a), len(b)))
+    return np.asarray(mask_utils.iou(list(a), list(b), [0] * len(b)))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads an image as it is shown, after EXIF rotation, with alpha dropped.
+
+    Returns:
+        RGB, uint8 (height, width, 3). 16-bit grey is divided by 257; 32-bit and float grey are
+        stretched from their least to their largest finite value.
+
+    Raises:
+        DatasetError: Not an image that PIL reads, cut short, or too large to be one.
+    """
+    try:
+        with Image.open(path) as image:
+            # PIL before 11 opens 16-bit PNG in mode I; exif_transpose forgets the format.
+            is_uint16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+            return _to_rgb(ImageOps.exif_transpose(image), is_uint16)
+    except IMAGE_ERRORS as error:
+        message = f"expected an image that PIL reads, found {path} ({error})"
+        raise DatasetError(f"{message}; replace the file or remove it from the data") from error
+
+
+def _to_rgb(image: Image.Image, is_uint16: bool) -> np.ndarray:
+    """The pixels of an image of any mode as uint8 (height, width, 3)."""
+    if is_uint16:
+        grey = np.asarray(image).astype(np.float32) / UINT16_TO_UINT8
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image).astype(np.float64)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+        grey = (values - low) / max(high - low, np.finfo(np.float64).tiny) * 255
+    else:
+        if image.mode == "P":  # straight to RGB, PIL warns of a palette with transparency
+            image = image.convert("RGBA")
+        return np.array(image.convert("RGB"))
+    return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def write_split(
+    output_dir: Path,
+    split: str,
+    images: Sequence[Mapping[str, Any]],
+    annotations: Mapping[int, Sequence[Mapping[str, Any]]],
+    categories: Mapping[int, str],
+    prompts: Mapping[str, str] | None = None,
+    *,
+    images_dir: Path,
+    overwrite: bool = False,
+) -> Path:
+    """Writes `output_dir/split`: annotations.json and copies of the images, all or nothing.
+
+    Args:
+        output_dir: The data folder.
+        split: `train`, `val` or `test`.
+        images: As in `CocoSplit`; so are `annotations`, `categories` and `prompts`. Annotations
+            are numbered 1, 2, ... image by image.
+        images_dir: Where the images' `file_name` are now.
+        overwrite: Whether a split that holds files is replaced.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        DatasetError: The split holds files, or `images_dir` lies in it; nothing is changed.
+    """
+    check_prompts(prompts or {}, categories.values())
+    target = split_dir(output_dir, split)
+    _refuse_target(target, Path(images_dir), overwrite)
+    # Beside the target, so that os.replace stays within one file system.
+    building = target.parent / f".{target.name}.{os.getpid()}.new"
+    replaced = building.with_suffix(".old")
+    try:
+        payload = _coco_payload(images, annotations, categories, prompts or {})
+        _fill(building, payload, Path(images_dir))
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(building, target)
+    finally:
+        if replaced.exists() and not target.exists():
+            os.replace(replaced, target)
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def _refuse_target(target: Path, images_dir: Path, overwrite: bool) -> None:
+    """Raises DatasetError where writing to `target` would lose or mix files."""
+    if images_dir.resolve().is_relative_to(target.resolve()):
+        message = f"expected the source images outside {target}, found them in {images_dir}"
+        raise DatasetError(f"{message}; the split is written as a whole: move them elsewhere")
+    if target.is_file():
+        raise DatasetError(f"expected a folder at {target}, found a file; move it")
+    holds = target.is_dir() and any(
+        path.is_file() and path.name != ".gitkeep" for path in target.rglob("*")
+    )
+    if holds and not overwrite:
+        message = f"expected {target} to be absent or empty, found {_contents(target)}"
+        raise DatasetError(f"{message}; pass --overwrite to replace it or write elsewhere")
+
+
+def _fill(folder: Path, payload: dict[str, Any], images_dir: Path) -> None:
+    """Makes a split's folder: copies the images, then writes annotations.json."""
+    (folder / "images").mkdir(parents=True)
+    for image in payload["images"]:
+        copy = folder / "images" / image["file_name"]
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(images_dir / image["file_name"], copy)
+    with (folder / "annotations.json").open("w", encoding="utf-8") as stream:
+        json.dump(payload, stream, ensure_ascii=False, allow_nan=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _coco_payload(
+    images: Sequence[Mapping[str, Any]],
+    annotations: Mapping[int, Sequence[Mapping[str, Any]]],
+    categories: Mapping[int, str],
+    prompts: Mapping[str, str],
+) -> dict[str, Any]:
+    """The records as the content of a COCO file."""
+    rows = []
+    for image in images:
+        for annotation in annotations[image["id"]]:
+            row = {**annotation, "id": len(rows) + 1, "image_id": image["id"]}
+            rows.append(row | {"segmentation": annotation["segmentation"] or []})
+    return {
+        "images": [dict(image) for image in images],
+        "annotations": rows,
+        "categories": [{"id": key, "name": name} for key, name in categories.items()],
+        "prompts": dict(prompts),
+    }

@@ -1,0 +1,203 @@
+"""The commands of prepare_data.py: what they write, print, refuse and return."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import prepare_data
+from sam3_lora import coco
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """raw/annotations.json and raw/images with a.png, b.png of the three that it names."""
+    folder = tmp_path / "raw"
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for number, name in enumerate(("a.png", "sub/b.png", "gone.png"), start=1):
+        images.append({"id": number, "file_name": name, "width": 40, "height": 30})
+        polygon = [[2, 2, 20, 2, 20, 20]]
+        for category_id in (1, 2)[: 2 if number == 1 else 1]:
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": number,
+                    "category_id": category_id,
+                    "bbox": [2, 2, 18, 18],
+                    "segmentation": polygon,
+                }
+            )
+        if name != "gone.png":
+            Image.new("RGB", (40, 30)).save(folder / "images" / Path(name).name)
+    categories = [{"id": 1, "name": "bottle_cap"}, {"id": 2, "name": "car"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return folder
+
+
+def coco_command(raw: Path, *more: str) -> list[str]:
+    paths = ["--coco_json", str(raw / "annotations.json"), "--images_dir", str(raw / "images")]
+    return ["coco", *paths, "--output_dir", str(raw.parent / "data"), "--split", "train", *more]
+
+
+def written(raw: Path) -> dict:
+    return json.loads((raw.parent / "data" / "train" / "annotations.json").read_text())
+
+
+def validate(raw: Path, split: str = "train") -> int:
+    return prepare_data.main(["validate", "--data_dir", str(raw.parent / "data"), "--split", split])
+
+
+def test_create_coco_validate(raw, capsys):
+    data = raw.parent / "data"
+    assert prepare_data.main(["create", "--output_dir", str(data)]) == 0
+    assert sorted(path.name for path in data.iterdir()) == ["test", "train", "val"]
+    assert all((path / "images").is_dir() for path in data.iterdir())
+    assert validate(raw) == 2
+    capsys.readouterr()
+    assert prepare_data.main(coco_command(raw)) == 0
+    out, err = capsys.readouterr()
+    assert "images      2 (0 without an object)\nobjects     3 (3 with a mask, 0 crowds)" in out
+    assert "skipped 1 of 3 images, which are not in" in err and "1 objects: gone.png" in err
+    # b.png lies beside a.png, though the JSON names a sub-folder.
+    assert sorted(path.name for path in (data / "train" / "images").iterdir()) == ["a.png", "b.png"]
+    assert [row["id"] for row in written(raw)["annotations"]] == [1, 2, 3]
+    assert validate(raw) == 0
+    out = capsys.readouterr().out
+    assert '      2  bottle_cap  prompted as "bottle cap"\n        1  car\n' in out
+    assert out.endswith("errors 0, warnings 0\n")
+
+
+def test_sub_folders_are_kept(raw):
+    (raw / "images" / "sub").mkdir()
+    (raw / "images" / "b.png").rename(raw / "images" / "sub" / "b.png")
+    Image.new("RGB", (50, 50)).save(raw / "images" / "b.png")  # another picture
+    assert prepare_data.main(coco_command(raw)) == 0
+    assert [row["file_name"] for row in written(raw)["images"]] == ["a.png", "sub/b.png"]
+    assert validate(raw) == 0
+
+
+def test_a_filled_split_is_refused(raw, capsys):
+    assert prepare_data.main(coco_command(raw)) == 0
+    file = raw.parent / "data" / "train" / "annotations.json"
+    before = file.stat()
+    assert prepare_data.main(coco_command(raw)) == 2
+    assert "error: expected" in capsys.readouterr().err
+    assert file.stat() == before
+    assert prepare_data.main(coco_command(raw, "--overwrite")) == 0
+    assert file.stat().st_ino != before.st_ino
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_prompts(raw, as_file, capsys):
+    text = '{"bottle_cap": "cap of a bottle"}'
+    if as_file:
+        path = raw / "prompts.json"
+        path.write_text(text)
+        text = str(path)
+    assert prepare_data.main(coco_command(raw, "--prompts", text)) == 0
+    assert written(raw)["prompts"] == {"bottle_cap": "cap of a bottle"}
+    assert 'bottle_cap  prompted as "cap of a bottle"' in capsys.readouterr().out
+    assert coco.read_split(raw.parent / "data" / "train").phrase(1) == "cap of a bottle"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ('{"cat": "x"}', "found 'cat'; did you mean 'car'?"),
+        ('{"car": 3}', "expected a phrase for 'car' in prompts, found 3"),
+        ('{"car"', "expected --prompts as JSON"),
+        ("absent.json", "JSON or as a file of it, found 'absent.json', neither"),
+    ],
+)
+def test_prompts_that_are_refused(raw, prompts, message, capsys):
+    assert prepare_data.main(coco_command(raw, "--prompts", prompts)) == 2
+    assert message in capsys.readouterr().err
+    assert not (raw.parent / "data").exists()
+
+
+def test_wrong_images_dir(raw, capsys):
+    command = coco_command(raw)
+    command[command.index("--images_dir") + 1] = str(raw / "nowhere")
+    assert prepare_data.main(command) == 2
+    err = capsys.readouterr().err
+    assert "found none of 3" in err and "check --images_dir" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_debug_keeps_the_traceback(raw, capsys):
+    command = ["coco", "--coco_json", "absent.json", "--images_dir", "."]
+    assert prepare_data.main([*command, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_validate_lists_faults(raw, capsys):
+    assert prepare_data.main(coco_command(raw)) == 0
+    content = written(raw)
+    row = content["annotations"][0]
+    content["annotations"] += [row | {"id": 9 + i, "bbox": [35, 1, 50, 5]} for i in range(7)]
+    file = raw.parent / "data" / "train" / "annotations.json"
+    file.write_text(json.dumps(content))
+    (file.parent / "images" / "._a.png").write_text("")
+    capsys.readouterr()
+    assert validate(raw) == 2
+    out = capsys.readouterr().out
+    assert "error: box outside (7)\n" in out
+    assert out.count("px beyond its edge") == 5 and "  ... and 2 more\n" in out
+    assert "annotations.json, annotation 9); clip it" in out
+    assert "error: junk file (1)\n" in out
+    assert out.endswith("errors 8, warnings 0\n")
+    content["annotations"][0]["image_id"] = 77
+    file.write_text(json.dumps(content))
+    assert validate(raw) == 2
+    assert "unknown image_id" in capsys.readouterr().out
+
+
+def test_validate_of_a_roboflow_export_in_place(raw, capsys):
+    folder = raw.parent / "data" / "valid"
+    folder.mkdir(parents=True)
+    content = json.loads((raw / "annotations.json").read_text())
+    content["images"] = content["images"][:1]
+    content["annotations"] = content["annotations"][:2]
+    content["categories"].append({"id": 0, "name": "car"})
+    (folder / "_annotations.coco.json").write_text(json.dumps(content))
+    Image.new("RGB", (40, 30)).save(folder / "a.png")
+    for split in ("val", "valid"):
+        assert validate(raw, split) == 0
+        assert "categories  2\n" in capsys.readouterr().out
+    assert validate(raw, "test") == 2
+    assert "error: expected annotations.json with images/ or" in capsys.readouterr().err
+
+
+def test_yolo(raw, capsys):
+    (raw / "labels").mkdir()
+    (raw / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.5 0.1 0.5 0.5\n")
+    command = ["yolo", "--yolo_dir", str(raw), "--output_dir", str(raw.parent / "data")]
+    assert prepare_data.main([*command, "--classes", "person,,car"]) == 2
+    assert "--classes as names that differ, found 'person,,car'" in capsys.readouterr().err
+    assert prepare_data.main([*command, "--classes", "person, car"]) == 0
+    assert "objects     2 (1 with a mask, 0 crowds)" in capsys.readouterr().out
+    assert written(raw)["annotations"][0]["segmentation"] == []
+    assert validate(raw) == 0
+    assert "1 of 2 images have no object" in capsys.readouterr().out
+
+
+def test_command_line(capsys):
+    assert prepare_data.main([]) == 2
+    assert prepare_data.main(["coco", "--coco_json", "x"]) == 2
+    assert "--images_dir" in capsys.readouterr().err
+    run = subprocess.run(
+        [sys.executable, "prepare_data.py", "yolo", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for flag in ("--yolo_dir", "--classes", "--output_dir", "--split", "--prompts", "--overwrite"):
+        assert flag in run.stdout
