@@ -1,0 +1,313 @@
+"""Images and prompts to model inputs and targets.
+
+One row is one image and one prompt. Training asks an image for all its categories, for some absent
+ones and for words from outside the data set; evaluation asks every image for every category.
+
+    photo (H,W,3) -> square resize to s -> zero-pad to S at a random place    (training, s < S)
+    photo (H,W,3) -> square resize to S                                       (evaluation)
+
+Every random choice of an item comes from (seed, epoch, index), so the same step sees the same data
+whatever the number of workers, and a run can go on where it stopped.
+
+Source: the fine-tuning transforms of facebookresearch/sam3 @99d02f2 (roboflow_v100 configuration).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as transforms
+
+from sam3_lora.coco import CocoSplit, DatasetError, decode_mask, read_image
+
+log = logging.getLogger(__name__)
+
+# Meta draws the side of the resized photo from these, of a 1008 px canvas; other canvases in
+# proportion.
+RESIZE_CANVAS = 1008
+RESIZE_SIDES = range(480, 1008, 32)
+# Category id of a row whose prompt is a word from outside the data set.
+OUT_OF_DOMAIN = -1
+# Prompts that should find nothing: things that few data sets show, none a part of another's phrase.
+OUT_OF_DOMAIN_WORDS = (
+    "accordion", "anvil", "bagpipes", "beehive", "bulldozer", "cactus", "camel", "canoe", "castle",
+    "chandelier", "cello", "coral", "crocodile", "drum kit", "flamingo", "gondola", "harp",
+    "hedgehog", "helicopter", "igloo", "jellyfish", "kangaroo", "lighthouse", "lobster", "moose",
+    "octopus", "parachute", "peacock", "penguin", "piano", "pyramid", "rocket", "saxophone",
+    "scarecrow", "seahorse", "sledge", "submarine", "telescope", "trombone", "volcano", "walrus",
+    "windmill",
+)  # fmt: skip
+
+Item = dict[str, Any]
+
+
+class PromptDataset(Dataset):
+    """The images of a split, each with its prompts and targets.
+
+    Args:
+        split: from `coco.read_split`.
+        image_size: S, side of the model's square canvas, pixels.
+        num_queries: the most objects a prompt can find.
+        train: augment and sample prompts; otherwise the whole photo and every category.
+        prompts_per_image: training: present categories are all asked for; absent categories and
+            out-of-domain words fill up to this number.
+        out_of_domain_prompts: training: how many of the filling prompts are out-of-domain words.
+        augment: training: random resize and padding.
+        flip_probability: training: of a left-right flip, 0 to 1.
+        over_queries: a prompt with more objects than queries: `cap` keeps the largest, `error`
+            refuses.
+        seed: of every random choice.
+
+    Raises:
+        DatasetError: `over_queries` is `error` and a prompt has more objects than queries.
+    """
+
+    def __init__(
+        self,
+        split: CocoSplit,
+        image_size: int,
+        num_queries: int,
+        *,
+        train: bool,
+        prompts_per_image: int = 8,
+        out_of_domain_prompts: int = 1,
+        augment: bool = True,
+        flip_probability: float = 0.0,
+        over_queries: str = "cap",
+        seed: int = 0,
+    ) -> None:
+        self.split = split
+        self.image_size = image_size
+        self.num_queries = num_queries
+        self.train = train
+        self.prompts_per_image = prompts_per_image
+        self.out_of_domain_prompts = out_of_domain_prompts
+        self.augment = augment
+        self.flip_probability = flip_probability
+        self.seed = seed
+        phrases = [split.phrase(c).lower() for c in split.categories]
+        self.words = [
+            w for w in OUT_OF_DOMAIN_WORDS if not any(w in p or p in w for p in phrases if p)
+        ]
+        self._report_crowded(over_queries)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.split.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        """One image with its prompts.
+
+        Args:
+            key: (epoch, index of the image).
+
+        Returns:
+            `image` (3,S,S) uint8, `image_id`, `original_size` (H, W), and lists with one entry a
+            prompt: `texts`, `category_ids`, `targets` of `boxes_cxcywh` (G,4) in 0 to 1 of the
+            canvas, `masks` (G,S,S) bool, `has_mask` (G,) bool.
+
+        Raises:
+            DatasetError: the image file is missing or cannot be read.
+        """
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        record = self.split.images[index]
+        photo = read_image(self.split.image_path(record))
+        height, width = photo.shape[:2]
+        if (height, width) != (record["height"], record["width"]):
+            raise DatasetError(
+                f"{record['file_name']} (image id {record['id']}): annotations.json says "
+                f"{record['width']}x{record['height']}, the file has {width}x{height} pixels; run "
+                "`python prepare_data.py validate`"
+            )
+        place = self._placement(rng)
+        categories = self._choose_categories(record["id"], rng)
+        texts = [self.split.phrase(c) if c != OUT_OF_DOMAIN else word for c, word in categories]
+        objects = self._objects(record["id"])
+        targets = [
+            self._target([o for o in objects if o["category_id"] == c], height, width, place)
+            for c, _ in categories
+        ]
+        image = torch.from_numpy(photo).permute(2, 0, 1)
+        return {
+            "image": _place(image, *place, self.image_size),
+            "image_id": record["id"],
+            "original_size": (height, width),
+            "texts": texts,
+            "category_ids": [c for c, _ in categories],
+            "targets": targets,
+        }
+
+    def has_masks(self) -> bool:
+        """Whether any object of the split has a mask."""
+        rows = self.split.annotations.values()
+        return any(a["segmentation"] for annotations in rows for a in annotations)
+
+    def _objects(self, image_id: int) -> list[dict[str, Any]]:
+        """The image's objects that can be targets: no crowds, no empty boxes."""
+        return [
+            a
+            for a in self.split.annotations[image_id]
+            if not a["iscrowd"] and a["bbox"][2] > 0 and a["bbox"][3] > 0
+        ]
+
+    def _placement(self, rng: np.random.Generator) -> tuple[int, int, int, bool]:
+        """Side of the resized photo, left and top of it on the canvas (pixels), and flip."""
+        size = self.image_size
+        if not self.train:
+            return size, 0, 0, False
+        flip = bool(rng.random() < self.flip_probability)
+        if not self.augment:
+            return size, 0, 0, flip
+        side = round(rng.choice(list(RESIZE_SIDES)) * size / RESIZE_CANVAS)
+        left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
+        return side, left, top, flip
+
+    def _choose_categories(self, image_id: int, rng: np.random.Generator) -> list[tuple[int, str]]:
+        """(category id, word) of each prompt; the word counts for out-of-domain prompts only."""
+        if not self.train:
+            return [(c, "") for c in self.split.categories]
+        present = {o["category_id"] for o in self._objects(image_id)}
+        # A category of which the image shows a crowd alone is neither a target nor absent.
+        shown = {a["category_id"] for a in self.split.annotations[image_id]}
+        absent = [c for c in self.split.categories if c not in shown]
+        chosen = [(c, "") for c in self.split.categories if c in present]
+        free = max(self.prompts_per_image - len(chosen), 0)
+        words = min(self.out_of_domain_prompts, free, len(self.words))
+        negatives = rng.permutation(len(absent))[: free - words]
+        chosen += [(absent[i], "") for i in negatives]
+        # Without any category in the image and without absent ones, words keep it a negative.
+        words = max(words, 1) if not chosen else words
+        chosen += [(OUT_OF_DOMAIN, self.words[i]) for i in rng.permutation(len(self.words))[:words]]
+        return chosen
+
+    def _target(
+        self,
+        objects: list[dict[str, Any]],
+        height: int,
+        width: int,
+        place: tuple[int, int, int, bool],
+    ) -> dict[str, torch.Tensor]:
+        """Boxes and masks of one prompt's objects on the canvas."""
+        objects = sorted(objects, key=lambda o: -o["bbox"][2] * o["bbox"][3])[: self.num_queries]
+        side, left, top, flip = place
+        size = self.image_size
+        boxes = torch.zeros(len(objects), 4)
+        masks = torch.zeros(len(objects), size, size, dtype=torch.bool)
+        has_mask = torch.tensor([bool(o["segmentation"]) for o in objects], dtype=torch.bool)
+        for i, entry in enumerate(objects):
+            x, y, w, h = entry["bbox"]
+            centre_x = (x + w / 2) / width
+            centre_x = 1 - centre_x if flip else centre_x
+            boxes[i] = torch.tensor(
+                [
+                    (centre_x * side + left) / size,
+                    ((y + h / 2) / height * side + top) / size,
+                    w / width * side / size,
+                    h / height * side / size,
+                ]
+            )
+            if entry["segmentation"]:
+                mask = decode_mask(entry["segmentation"], height, width)
+                # 0 and 255, so that half coverage rounds as Meta's uint8 resize does.
+                pixels = torch.from_numpy(mask.astype(np.uint8) * 255)[None]
+                masks[i] = _place(pixels, side, left, top, flip, size)[0] > 127
+        return {"boxes_cxcywh": boxes, "masks": masks, "has_mask": has_mask}
+
+    def _report_crowded(self, over_queries: str) -> None:
+        """Warns of, or refuses, images with more objects of a prompt than the model has queries."""
+        crowded = []
+        for record in self.split.images:
+            ids = [o["category_id"] for o in self._objects(record["id"])]
+            if ids and max(np.unique(ids, return_counts=True)[1]) > self.num_queries:
+                crowded.append(record["file_name"])
+        if not crowded:
+            return
+        names = ", ".join(crowded[:3]) + (", ..." if len(crowded) > 3 else "")
+        found = (
+            f"{len(crowded)} images have more than {self.num_queries} objects of one category, the "
+            f"most a prompt can find ({names})"
+        )
+        if over_queries == "error":
+            raise DatasetError(f"{found}; cut them into tiles or set --over_queries cap")
+        log.warning("%s: only the largest %d are used", found, self.num_queries)
+
+
+def _place(
+    pixels: torch.Tensor, side: int, left: int, top: int, flip: bool, size: int
+) -> torch.Tensor:
+    """Resizes (c,H,W) uint8 to a square and sets it on a canvas (c,size,size) of zeros."""
+    square = transforms.resize(pixels, [side, side], antialias=True)
+    if flip:
+        square = square.flip(-1)
+    if side == size:
+        return square
+    canvas = pixels.new_zeros(pixels.shape[0], size, size)
+    canvas[:, top : top + side, left : left + side] = square
+    return canvas
+
+
+def collate_fn(items: list[Item]) -> dict[str, Any]:
+    """Joins items into a batch of B rows.
+
+    Args:
+        items: I items of `PromptDataset`.
+
+    Returns:
+        `images` (I,3,S,S) uint8; `image_ids` and `original_sizes`, lists of I; `image_index` (B,)
+        long, row -> image; lists of B: `texts`, `category_ids`, `targets`; `box_prompts_cxcywh` and
+        `box_prompt_labels`, None.
+    """
+    counts = torch.tensor([len(item["texts"]) for item in items])
+    return {
+        "images": torch.stack([item["image"] for item in items]),
+        "image_ids": [item["image_id"] for item in items],
+        "original_sizes": [item["original_size"] for item in items],
+        "image_index": torch.repeat_interleave(torch.arange(len(items)), counts),
+        "texts": [text for item in items for text in item["texts"]],
+        "category_ids": [c for item in items for c in item["category_ids"]],
+        "targets": [target for item in items for target in item["targets"]],
+        "box_prompts_cxcywh": None,
+        "box_prompt_labels": None,
+    }
+
+
+def epoch_batches(
+    count: int, batch_size: int, epoch: int, seed: int, shuffle: bool
+) -> list[list[tuple[int, int]]]:
+    """The order of one epoch: batches of (epoch, index) keys; the last batch may be smaller.
+
+    Args:
+        count: number of images.
+        batch_size: images a batch.
+        epoch: from 0; each has its own order when shuffled.
+        seed: of the order.
+        shuffle: random order, or that of the file.
+    """
+    order = np.arange(count)
+    if shuffle:
+        order = np.random.default_rng((seed, epoch)).permutation(count)
+    keys = [(epoch, int(index)) for index in order]
+    return [keys[i : i + batch_size] for i in range(0, count, batch_size)]
+
+
+def build_loader(
+    dataset: PromptDataset,
+    batches: list[list[tuple[int, int]]],
+    num_workers: int,
+    pin: bool = False,
+) -> DataLoader:
+    """A loader over chosen batches; `pin` speeds copies to a GPU."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        num_workers=num_workers,
+        pin_memory=pin,
+        # Of its own: a draw from the global one would change dropout after a resume.
+        generator=torch.Generator().manual_seed(0),
+    )

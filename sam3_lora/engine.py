@@ -1,0 +1,322 @@
+"""The batch loop: one optimizer step over its micro-batches, and the pass over an evaluation set.
+
+Training, validation loss and evaluation share `_row_chunks`: features are computed once per image
+and text, then the heads run over at most `max_rows` rows at a time.
+
+    encode(micro-batch) -> features --detach--> leaves -> heads(rows 0..r)  -> losses.backward()
+                                             |-> heads(rows r..2r) -> losses.backward()
+    features.backward(leaves.grad)    once, however many chunks the rows were cut into
+
+Counts for the means are taken over the whole step first, so cutting changes memory, not the step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None
+
+Batch = dict[str, Any]
+Losses = dict[str, torch.Tensor]
+# forward.encode(batch) -> features; forward.predict(features, batch, rows) -> outputs
+ForwardLike = Any
+# criterion(outputs, targets, counts) -> named losses with the total under "loss"
+Criterion = Callable[[dict[str, torch.Tensor], list, dict[str, int]], Losses]
+# count(targets) -> what the criterion's means are taken over
+Count = Callable[[list], dict[str, int]]
+
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+
+
+class LossError(ValueError):
+    """A loss or gradient that is NaN or infinite; the message names step, images and terms."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python, numpy and torch; data has its own seeds (see dataset.py)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that require gradients; none for biases and norms is decayed."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = bool(trainable) and trainable[0].is_cuda
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=fused)
+
+
+def lr_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate at one optimizer step.
+
+    Args:
+        schedule: `cosine` and `linear` fall to 0 at the end, `constant` stays, `inverse_sqrt` is
+            Meta's: falls as 1/sqrt(step) and cools down linearly over the last `warmup_steps`.
+        step: optimizer steps done, from 0.
+        total_steps: of the run.
+        warmup_steps: linear rise from 1/warmup_steps (`inverse_sqrt`: from 0, as Meta).
+
+    Returns:
+        0 to 1.
+    """
+    if schedule == "inverse_sqrt":
+        scale = max(warmup_steps, 1)
+        rise = min(1.0, step / scale)
+        cool = min(1.0, (total_steps - step) / scale)
+        return rise * cool / math.sqrt(max(step, scale) / scale)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return 1 - min(progress, 1.0) if schedule == "linear" else 1.0
+
+
+def train_one_epoch(
+    forward: ForwardLike,
+    criterion: Criterion,
+    count: Count,
+    batches: Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    factor: Callable[[int], float],
+    *,
+    step: int = 0,
+    accumulation: int = 1,
+    max_grad_norm: float = 0.1,
+    max_rows: int = 32,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Takes the optimizer steps of an epoch, yielding a record after each.
+
+    Args:
+        forward: `encode` and `predict`; train or eval mode is the caller's.
+        criterion, count: named losses; their means are over the whole step's counts.
+        batches: micro-batches as from `collate_fn`.
+        optimizer, scaler: over the trainable parameters; the scaler is for fp16.
+        factor: step -> share of the peak learning rate.
+        step, accumulation: steps done before; micro-batches a step (the last may have fewer).
+        max_grad_norm: L2 norm gradients are clipped to; 0 leaves them.
+        max_rows: rows in one forward of the heads.
+
+    Yields:
+        `step` (from 1), every term, `lr`, `grad_norm` before clipping, `images`, `counts`.
+
+    Raises:
+        LossError: a loss or gradient is not finite; no parameter has moved.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    iterator = iter(batches)
+    while micro_batches := list(itertools.islice(iterator, accumulation)):
+        _set_rate(optimizer, factor(step))
+        counts = _add_counts([count(batch["targets"]) for batch in micro_batches])
+        optimizer.zero_grad(set_to_none=True)
+        totals: Losses = {}
+        for batch in micro_batches:
+            _accumulate(totals, _backward(forward, criterion, batch, counts, max_rows, scaler))
+        scaler.unscale_(optimizer)
+        totals["grad_norm"] = _clip(optimizer, max_grad_norm)
+        step += 1
+        record = _to_numbers(totals)
+        _check_finite(record, step, micro_batches, scaler.is_enabled())
+        scaler.step(optimizer)
+        scaler.update()
+        record |= {"step": step, "counts": counts, "lr": optimizer.param_groups[0]["lr"]}
+        yield record | {"images": sum(len(batch["image_ids"]) for batch in micro_batches)}
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Sets each group's learning rate to a share of its first one."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] * share
+
+
+def _clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+    """Clips the gradients' L2 norm, 0 leaves them; returns the norm before."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+
+
+def _backward(
+    forward: ForwardLike,
+    criterion: Criterion,
+    batch: Batch,
+    counts: dict[str, int],
+    max_rows: int,
+    scaler: torch.amp.GradScaler,
+) -> Losses:
+    """Adds one micro-batch's gradients; returns its share of the step's losses, detached."""
+    features = forward.encode(batch)
+    leaves = {k: v.detach().requires_grad_(v.requires_grad) for k, v in features.items()}
+    totals: Losses = {}
+    for _, _, losses in _row_chunks(forward, criterion, leaves, batch, counts, max_rows):
+        scaler.scale(losses["loss"]).backward()
+        _accumulate(totals, losses)
+    shared = [k for k, v in leaves.items() if v.grad is not None]
+    if shared:
+        torch.autograd.backward([features[k] for k in shared], [leaves[k].grad for k in shared])
+    return totals
+
+
+def _row_chunks(
+    forward: ForwardLike,
+    criterion: Criterion,
+    features: dict[str, torch.Tensor],
+    batch: Batch,
+    counts: dict[str, int],
+    max_rows: int,
+) -> Iterator[tuple[slice, dict[str, torch.Tensor], Losses]]:
+    """Yields (rows, outputs, losses) of a batch, `max_rows` rows at a time."""
+    for start in range(0, len(batch["texts"]), max_rows):
+        rows = slice(start, start + max_rows)
+        outputs = forward.predict(features, batch, rows)
+        yield rows, outputs, criterion(outputs, batch["targets"][rows], counts)
+
+
+@torch.no_grad()
+def evaluate(
+    forward: ForwardLike,
+    criterion: Criterion,
+    count: Count,
+    batches: Iterable[Batch],
+    max_rows: int = 32,
+) -> Iterator[dict[str, Any]]:
+    """Runs the model over an evaluation set.
+
+    Args:
+        forward, criterion, count, batches, max_rows: as for `train_one_epoch`.
+
+    Yields:
+        For every chunk of rows `batch`, `rows` (a slice of the batch's rows), `outputs`, `counts`
+        of the batch, and `losses`, numbers whose sum over a batch's chunks is that batch's loss.
+        The caller sets eval mode.
+    """
+    for batch in batches:
+        features = forward.encode(batch)
+        counts = count(batch["targets"])
+        for rows, outputs, losses in _row_chunks(
+            forward, criterion, features, batch, counts, max_rows
+        ):
+            yield {
+                "batch": batch,
+                "rows": rows,
+                "outputs": outputs,
+                "counts": counts,
+                "losses": _to_numbers(losses),
+            }
+
+
+def _accumulate(totals: Losses, losses: Losses) -> None:
+    """Adds losses to totals, detached."""
+    for name, value in losses.items():
+        totals[name] = totals.get(name, 0.0) + value.detach()
+
+
+def _add_counts(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Sums counts key by key."""
+    return {key: sum(c[key] for c in counts) for key in counts[0]}
+
+
+def _to_numbers(values: Losses) -> dict[str, float]:
+    """Tensors to floats in one copy: each copy of its own would wait for the device."""
+    stacked = torch.stack([v.detach().float().reshape(()) for v in values.values()])
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def _check_finite(
+    record: dict[str, float], step: int, micro_batches: list[Batch], scaled: bool
+) -> None:
+    """Stops on a loss or gradient that is not finite; under fp16 the scaler sees to gradients."""
+    watched = ("loss",) if scaled else ("loss", "grad_norm")
+    if all(math.isfinite(record[name]) for name in watched):
+        return
+    images = [image_id for batch in micro_batches for image_id in batch["image_ids"]]
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+    raise LossError(
+        f"expected finite losses, found at step {step}, image ids {images}: {terms}; lower "
+        "--learning_rate, or check these images with `python prepare_data.py validate`"
+    )
+
+
+def memory_use(device: torch.device) -> tuple[float, float] | None:
+    """Peak memory of this run and all there is, in GB (10^9 bytes): of the GPU, or of the process.
+
+    Returns:
+        (peak, total), or None where the system does not tell.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device) / 1e9, total / 1e9
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB on Linux
+    return peak / 1e9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+class Window:
+    """Means over the steps since the last line of the log."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forgets the steps of the line just written."""
+        self.records: list[dict[str, Any]] = []
+        self.started = time.perf_counter()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Takes one step's record of `train_one_epoch`."""
+        self.records.append(record)
+
+    def close(self, epoch: int, device: torch.device) -> dict[str, Any]:
+        """The log's line: means of the last layer's terms, speed, memory; starts anew."""
+        sums: dict[str, list[float]] = defaultdict(list)
+        for record in self.records:
+            for name, value in record.items():
+                # A step without objects has no IoU to average.
+                skipped = name == "iou" and not record["counts"]["targets"]
+                if isinstance(value, float) and "_aux_" not in name and not skipped:
+                    sums["train_iou" if name == "iou" else name].append(value)
+        seconds = time.perf_counter() - self.started
+        row = {"step": self.records[-1]["step"], "epoch": epoch + 1}
+        row |= {name: sum(values) / len(values) for name, values in sums.items()}
+        row["lr"] = self.records[-1]["lr"]
+        row["it_per_s"] = len(self.records) / seconds
+        row["img_per_s"] = sum(r["images"] for r in self.records) / seconds
+        if memory := memory_use(device):
+            row["memory_gb"], row["memory_percent"] = memory[0], 100 * memory[0] / memory[1]
+        self._clear()
+        return row
+
+
+def progress_text(row: dict[str, Any]) -> str:
+    """A line of the log for eyes."""
+    text = f"loss {row['loss']:.3f}, lr {row['lr']:.2e}, {row['it_per_s']:.2f} it/s, "
+    text += f"{row['img_per_s']:.1f} img/s"
+    if "train_iou" in row:
+        text += f", train IoU {row['train_iou']:.3f}"
+    if "memory_gb" in row:
+        text += f", {row['memory_gb']:.2f} GB ({row['memory_percent']:.0f} %)"
+    return text

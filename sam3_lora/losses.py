@@ -1,0 +1,446 @@
+"""Meta's SAM 3 training loss: matchers, terms and weights.
+
+One row is one (image, prompt) pair; B rows, Q queries, G_b targets in row b, L decoder layers.
+Every layer is matched and supervised by boxes, classification and presence, the last one by masks
+too; the one-to-many branch repeats all but presence with weight 2. The total is
+
+    sqrt(B) * sum over terms of weight * term
+
+where every mean is taken over counts of the whole optimizer step (`count_targets`), so that a step
+in k micro-batches has the gradient of the step in one.
+
+Source: facebookresearch/sam3 @99d02f2, sam3/train/loss/{loss_fns,sam3_loss}.py,
+sam3/train/matcher.py, and the weights of its roboflow_v100 fine-tuning configuration.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+
+# Weight of each term in the total (roboflow_v100_full_ft_100_images.yaml).
+WEIGHTS = {
+    "loss_bbox": 5.0,
+    "loss_giou": 2.0,
+    "loss_ce": 20.0,
+    "presence_loss": 20.0,
+    "loss_mask": 200.0,
+    "loss_dice": 10.0,
+    "loss_semantic_seg": 20.0,
+    "loss_semantic_dice": 30.0,
+}
+ONE_TO_MANY_WEIGHT = 2.0
+# Hungarian matching cost (BinaryHungarianMatcherV2).
+COST_BBOX, COST_CLASS, COST_GIOU = 5.0, 2.0, 2.0
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+SEMANTIC_ALPHA = 0.6
+# Target of a matched query: p^0.25 IoU^0.75, at least 0.01 (IABCE).
+TARGET_ALPHA, TARGET_MIN = 0.25, 0.01
+# One-to-many matching: 0.3 p + 0.7 IoU among the best 4 queries of a target, and above 0.4.
+O2M_ALPHA, O2M_THRESHOLD, O2M_TOPK = 0.3, 0.4, 4
+# Point sampling of masks (PointRend): points, oversampling, share taken where masks are uncertain.
+MASK_POINTS, POINT_OVERSAMPLE, POINT_IMPORTANCE = 12_544, 3, 0.75
+MASK_LOSSES = ("full", "native", "points")
+
+# A matching: rows (M,), queries (M,) and targets (M,), the last an index into all rows' targets.
+Match = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Targets = list[dict[str, torch.Tensor]]
+
+
+def count_targets(targets: Targets) -> dict[str, int]:
+    """The counts that the loss of a step is divided by; add them up over its micro-batches.
+
+    Args:
+        targets: for each row `boxes_cxcywh` (G,4) and `has_mask` (G,) bool.
+
+    Returns:
+        `targets`: objects; `masked_targets`: those with a mask; `rows`; `semantic_rows`: rows with
+        objects that all have masks.
+    """
+    return {
+        "targets": sum(len(t["boxes_cxcywh"]) for t in targets),
+        "masked_targets": sum(int(t["has_mask"].sum()) for t in targets),
+        "rows": len(targets),
+        "semantic_rows": sum(_has_all_masks(t) for t in targets),
+    }
+
+
+def _has_all_masks(target: dict[str, torch.Tensor]) -> bool:
+    """Whether a row has objects and a mask for each: only then is its union of masks known."""
+    return len(target["has_mask"]) > 0 and bool(target["has_mask"].all())
+
+
+def compute_losses(
+    outputs: dict[str, torch.Tensor],
+    targets: Targets,
+    counts: dict[str, int],
+    pos_weight: float = 10.0,
+    mask_loss: str = "full",
+) -> dict[str, torch.Tensor]:
+    """Every term of the loss for some rows, and their weighted total.
+
+    Args:
+        outputs: `logits` (L,B,Q), `boxes_cxcywh` (L,B,Q,4), `presence` (L,B); with masks
+            `mask_embed` (B,Q,C), `pixel_embed` (B,C,h,w), `semantic` (B,h,w); with the one-to-many
+            branch `o2m_logits`, `o2m_boxes_cxcywh`, `o2m_mask_embed`.
+        targets: B dicts of `boxes_cxcywh` (G,4) in 0 to 1, `masks` (G,S,S) bool, `has_mask` (G,).
+        counts: `count_targets` summed over the whole optimizer step.
+        pos_weight: weight of matched queries in the classification term.
+        mask_loss: `full` compares at the targets' S pixels, `native` at the prediction's h pixels,
+            `points` at 12,544 sampled points.
+
+    Returns:
+        Unweighted scalar terms, fp32: the last layer's under their plain names, the others' with
+        `_aux_<layer>`, the one-to-many branch's with `_o2m`; `loss`, the total; `iou`, the mean IoU
+        of the matched queries (of masks where there are any, else of boxes).
+    """
+    device = outputs["logits"].device
+    targets = [{k: v.to(device) for k, v in t.items()} for t in targets]
+    objects = torch.cat([t["boxes_cxcywh"] for t in targets])
+    keep = torch.tensor([len(t["boxes_cxcywh"]) > 0 for t in targets], device=device).float()
+    with torch.autocast(device.type, enabled=False):
+        matches = _match_layers(outputs, targets)
+        losses: dict[str, torch.Tensor] = {}
+        for branch, layer_matches in matches.items():
+            last = len(layer_matches) - 1
+            for layer, match in enumerate(layer_matches):
+                name = ("" if layer == last else f"_aux_{layer}") + ("_o2m" if branch else "")
+                terms = _layer_terms(
+                    outputs, branch, layer, objects, match, keep, counts, pos_weight
+                )
+                losses |= {term + name: value for term, value in terms.items()}
+            if branch + "mask_embed" in outputs and counts["masked_targets"]:
+                terms = _mask_terms(
+                    outputs, branch, targets, layer_matches[last], counts, mask_loss
+                )
+                losses |= {k + "_o2m" * bool(branch): value for k, value in terms.items()}
+        if "semantic" in outputs and counts["semantic_rows"]:
+            losses |= _semantic(outputs["semantic"].float(), targets, counts)
+        losses["loss"] = total_loss(losses, counts)
+        if "iou" not in losses:
+            losses["iou"] = _matched_box_iou(outputs, objects, matches[""][-1], counts)
+    return losses
+
+
+def _layer_terms(
+    outputs: dict[str, torch.Tensor],
+    branch: str,
+    layer: int,
+    objects: torch.Tensor,
+    match: Match,
+    keep: torch.Tensor,
+    counts: dict[str, int],
+    pos_weight: float,
+) -> dict[str, torch.Tensor]:
+    """Box, classification and (but for the one-to-many branch) presence terms of one layer."""
+    logits = outputs[branch + "logits"][layer].float()
+    boxes = outputs[branch + "boxes_cxcywh"][layer].float()
+    terms = _box_terms(boxes, objects, match, counts)
+    terms["loss_ce"] = _classification(logits, boxes, objects, match, keep, counts, pos_weight)
+    if not branch:
+        terms["presence_loss"] = _presence(outputs["presence"][layer].float(), keep, counts)
+    return terms
+
+
+def total_loss(losses: dict[str, torch.Tensor], counts: dict[str, int]) -> torch.Tensor:
+    """sqrt(B) times the weighted sum of the terms; B is the number of rows in the whole step."""
+    total = torch.zeros(())
+    for name, value in losses.items():
+        term = name.split("_aux_")[0].removesuffix("_o2m")
+        if term in WEIGHTS:
+            weight = WEIGHTS[term] * (ONE_TO_MANY_WEIGHT if name.endswith("_o2m") else 1.0)
+            total = total.to(value.device) + weight * value
+    return math.sqrt(max(counts["rows"], 1)) * total
+
+
+def _match_layers(outputs: dict[str, torch.Tensor], targets: Targets) -> dict[str, list[Match]]:
+    """Matches of every layer of both branches, keyed by the branch's prefix in `outputs`."""
+    layers = outputs["logits"].shape[0]
+    logits, boxes = outputs["logits"], outputs["boxes_cxcywh"]
+    if "o2m_logits" not in outputs:
+        return {"": hungarian_match(logits, boxes, targets)}
+    # One stack, so that the costs of all layers travel to the CPU in one copy.
+    logits = torch.cat([logits, outputs["o2m_logits"][:-1]])
+    boxes = torch.cat([boxes, outputs["o2m_boxes_cxcywh"][:-1]])
+    matches = hungarian_match(logits, boxes, targets)
+    last = one_to_many_match(outputs["o2m_logits"][-1], outputs["o2m_boxes_cxcywh"][-1], targets)
+    return {"": matches[:layers], "o2m_": [*matches[layers:], last]}
+
+
+@torch.no_grad()
+def hungarian_match(
+    logits: torch.Tensor, boxes_cxcywh: torch.Tensor, targets: Targets
+) -> list[Match]:
+    """One query for each target, of least cost 5 L1 + 2 focal classification - 2 GIoU.
+
+    Args:
+        logits: (M,B,Q), M layers.
+        boxes_cxcywh: (M,B,Q,4) in 0 to 1.
+        targets: B dicts with `boxes_cxcywh` (G,4). With G > Q the best Q targets are matched.
+
+    Returns:
+        M matches; rows ascend, targets are counted through all rows. Source:
+        BinaryHungarianMatcherV2.
+    """
+    logits, boxes = logits.float(), boxes_cxcywh.float()
+    sizes = [len(t["boxes_cxcywh"]) for t in targets]
+    padded = boxes.new_zeros(len(targets), max(sizes, default=0), 4)
+    for row, target in enumerate(targets):
+        padded[row, : sizes[row]] = target["boxes_cxcywh"].to(boxes)
+    p = logits.sigmoid()
+    positive = -FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * F.logsigmoid(logits)
+    negative = -(1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * F.logsigmoid(-logits)
+    cost = (
+        COST_BBOX * torch.cdist(boxes, padded[None].expand(boxes.shape[0], -1, -1, -1), p=1)
+        + COST_CLASS * (positive - negative)[..., None]
+        - COST_GIOU * pairwise_giou(boxes, padded[None])[1]
+    )  # (M,B,Q,G)
+    # A cost that is not a number would stop scipy; the loss itself reports it with its terms.
+    cost = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
+    matches = []
+    for layer in cost:
+        triples, offset = [], 0
+        for row, size in enumerate(sizes):
+            query, target = linear_sum_assignment(layer[row, :, :size])
+            triples += [(row, int(q), offset + int(t)) for q, t in zip(query, target, strict=True)]
+            offset += size
+        table = torch.tensor(triples, dtype=torch.long).reshape(-1, 3).to(logits.device)
+        matches.append((table[:, 0], table[:, 1], table[:, 2]))
+    return matches
+
+
+@torch.no_grad()
+def one_to_many_match(logits: torch.Tensor, boxes_cxcywh: torch.Tensor, targets: Targets) -> Match:
+    """Up to 4 queries for each target: the best by 0.3 p + 0.7 IoU, if that is above 0.4.
+
+    Args:
+        logits: (B,Q).
+        boxes_cxcywh: (B,Q,4) in 0 to 1.
+        targets: B dicts with `boxes_cxcywh` (G,4).
+
+    Returns:
+        A match; one query may serve two targets. Source: BinaryOneToManyMatcher.
+    """
+    rows, queries, objects = [], [], []
+    offset = 0
+    for row, target in enumerate(targets):
+        wanted = target["boxes_cxcywh"].to(boxes_cxcywh).float()
+        if len(wanted):
+            iou = pairwise_giou(boxes_cxcywh[row].float(), wanted)[0]  # (Q,G)
+            score = O2M_ALPHA * logits[row].float().sigmoid()[:, None] + (1 - O2M_ALPHA) * iou
+            floor = torch.quantile(score, 1 - O2M_TOPK / score.shape[0], dim=0)
+            target_index, query = (
+                ((score > floor) & (score > O2M_THRESHOLD)).t().nonzero(as_tuple=True)
+            )
+            rows.append(torch.full_like(query, row))
+            queries.append(query)
+            objects.append(target_index + offset)
+        offset += len(wanted)
+    if not rows:
+        empty = torch.zeros(0, dtype=torch.long, device=logits.device)
+        return empty, empty, empty
+    return torch.cat(rows), torch.cat(queries), torch.cat(objects)
+
+
+def to_xyxy(boxes_cxcywh: torch.Tensor) -> torch.Tensor:
+    """(...,4) centre and size to corners."""
+    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def pairwise_giou(
+    a_cxcywh: torch.Tensor, b_cxcywh: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """IoU and generalised IoU of every pair: (...,N,4) and (...,G,4) to two (...,N,G)."""
+    return _giou(to_xyxy(a_cxcywh)[..., :, None, :], to_xyxy(b_cxcywh)[..., None, :, :])
+
+
+def _giou(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """IoU and generalised IoU of broadcast corner boxes (...,4)."""
+    area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
+    area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(
+        0
+    )
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(0)
+    intersection, hull_area = overlap.prod(-1), hull.prod(-1)
+    union = area_a + area_b - intersection
+    # Padding boxes have no area; the smallest normal number keeps 0 / 0 away and changes nothing
+    # else.
+    tiny = torch.finfo(union.dtype).tiny
+    iou = intersection / union.clamp(min=tiny)
+    return iou, iou - (hull_area - union) / hull_area.clamp(min=tiny)
+
+
+def _box_terms(
+    boxes: torch.Tensor, objects: torch.Tensor, match: Match, counts: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    """L1 and GIoU of the matched boxes, summed over the step's number of targets."""
+    rows, queries, index = match
+    predicted, wanted = boxes[rows, queries], objects[index]
+    number = max(counts["targets"], 1)
+    giou = _giou(to_xyxy(predicted), to_xyxy(wanted))[1]
+    return {
+        "loss_bbox": (predicted - wanted).abs().sum() / number,
+        "loss_giou": (1 - giou).sum() / number,
+    }
+
+
+def _classification(
+    logits: torch.Tensor,
+    boxes: torch.Tensor,
+    objects: torch.Tensor,
+    match: Match,
+    keep: torch.Tensor,
+    counts: dict[str, int],
+    pos_weight: float,
+) -> torch.Tensor:
+    """IoU-aware binary cross-entropy, mean over all B x Q queries of the step.
+
+    Rows without an object add no loss here (presence is theirs) but stay in the mean.
+    """
+    rows, queries, index = match
+    p = logits.sigmoid()
+    loss = p**FOCAL_GAMMA * F.softplus(logits)  # unmatched: p^2 BCE(x, 0)
+    iou = _giou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0].detach()
+    target = p[rows, queries].detach() ** TARGET_ALPHA * iou ** (1 - TARGET_ALPHA)
+    target = target.clamp(min=TARGET_MIN)
+    matched = pos_weight * F.binary_cross_entropy_with_logits(
+        logits[rows, queries], target, reduction="none"
+    )
+    loss = loss.index_put((rows, queries), matched)
+    return (loss * keep[:, None]).sum() / (max(counts["rows"], 1) * logits.shape[1])
+
+
+def _presence(presence: torch.Tensor, keep: torch.Tensor, counts: dict[str, int]) -> torch.Tensor:
+    """Is the prompt in the image? Half the cross-entropy, mean over the step's rows."""
+    loss = F.binary_cross_entropy_with_logits(presence, keep, reduction="sum")
+    return 0.5 * loss / max(counts["rows"], 1)
+
+
+def _mask_terms(
+    outputs: dict[str, torch.Tensor],
+    branch: str,
+    targets: Targets,
+    match: Match,
+    counts: dict[str, int],
+    mask_loss: str,
+) -> dict[str, torch.Tensor]:
+    """Focal and dice loss of the matched masks, summed over the step's number of targets."""
+    rows, queries, index = match
+    embed, pixels = outputs[branch + "mask_embed"], outputs["pixel_embed"]
+    number = max(counts["targets"], 1)
+    # A zero with a gradient: rows without an object still reach every adapter.
+    focal = dice = 0.0 * (embed.sum() + pixels[..., 0, 0].float().sum())
+    iou = torch.zeros((), device=embed.device)
+    offset = 0
+    for row, target in enumerate(targets):
+        here = (rows == row).nonzero(as_tuple=True)[0]
+        local = index[here] - offset
+        offset += len(target["has_mask"])
+        here = here[target["has_mask"][local]]
+        local = local[target["has_mask"][local]]
+        if not len(here):
+            continue
+        query = embed[row, queries[here]].to(pixels.dtype)
+        logits = torch.einsum("mc,chw->mhw", query, pixels[row]).float()
+        wanted = target["masks"][local]
+        resized, goal = _same_size(logits, wanted, mask_loss)
+        focal = focal + sigmoid_focal(resized, goal, FOCAL_ALPHA).mean(-1).sum() / number
+        dice = dice + dice_loss(resized, goal).sum() / number
+        if not branch:
+            iou = iou + _mask_iou(logits.detach(), wanted).sum() / counts["masked_targets"]
+    terms = {"loss_mask": focal, "loss_dice": dice}
+    return terms if branch else {**terms, "iou": iou}
+
+
+def _same_size(
+    logits: torch.Tensor, masks: torch.Tensor, mask_loss: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted logits (m,h,w) and target masks (m,S,S) as two (m,P) fp32 at the same places."""
+    if mask_loss == "full":
+        return _upsample(logits, masks.shape[-2:]).flatten(1), masks.flatten(1).float()
+    if mask_loss == "native":
+        # Area averages: a thin object stays, as a fraction, where nearest sampling would lose it.
+        goal = F.interpolate(masks[:, None].float(), size=logits.shape[-2:], mode="area")
+        return logits.flatten(1), goal.flatten(1)
+    points = _uncertain_points(logits)
+    return _sample(logits, points), _sample(masks.float(), points)
+
+
+def _upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear resize of (m,h,w) in fp32."""
+    return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+@torch.no_grad()
+def _uncertain_points(logits: torch.Tensor) -> torch.Tensor:
+    """Places (m,P,2) in 0 to 1: three quarters where the logit is nearest zero, the rest
+    uniform."""
+    count = len(logits)
+    candidates = torch.rand(count, MASK_POINTS * POINT_OVERSAMPLE, 2, device=logits.device)
+    certainty = _sample(logits, candidates).abs()
+    important = int(MASK_POINTS * POINT_IMPORTANCE)
+    index = certainty.topk(important, dim=1, largest=False).indices
+    chosen = candidates.gather(1, index[..., None].expand(-1, -1, 2))
+    uniform = torch.rand(count, MASK_POINTS - important, 2, device=logits.device)
+    return torch.cat([chosen, uniform], dim=1)
+
+
+def _sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Bilinear values (m,P) of maps (m,h,w) at places (m,P,2) in 0 to 1, x before y."""
+    grid = 2 * points[:, :, None] - 1
+    return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0, :, 0]
+
+
+def sigmoid_focal(logits: torch.Tensor, target: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Focal loss of every element, gamma 2; same shape as `logits`. Source: arXiv:1708.02002."""
+    p = logits.sigmoid()
+    error = p * (1 - target) + (1 - p) * target
+    weight = alpha * target + (1 - alpha) * (1 - target)
+    ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return weight * error**FOCAL_GAMMA * ce
+
+
+def dice_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - (2 sum(p t) + 1) / (sum p + sum t + 1) over the last axis: (m,P) to (m,)."""
+    p = logits.sigmoid()
+    return 1 - (2 * (p * target).sum(-1) + 1) / (p.sum(-1) + target.sum(-1) + 1)
+
+
+def _semantic(
+    semantic: torch.Tensor, targets: Targets, counts: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    """Focal and dice loss of the semantic map against the union of masks, mean over positive
+    rows."""
+    focal = dice = 0.0 * semantic[:, 0, 0].sum()
+    number = max(counts["semantic_rows"], 1)
+    for row, target in enumerate(targets):
+        if not _has_all_masks(target):
+            continue
+        union = target["masks"].any(0)
+        logits = _upsample(semantic[row : row + 1], union.shape).flatten(1)
+        goal = union.flatten()[None].float()
+        focal = focal + sigmoid_focal(logits, goal, SEMANTIC_ALPHA).mean() / number
+        dice = dice + dice_loss(logits, goal).sum() / number
+    return {"loss_semantic_seg": focal, "loss_semantic_dice": dice}
+
+
+def _mask_iou(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """IoU (m,) of predictions (m,h,w), at logit 0, with targets (m,S,S), at the targets' size."""
+    predicted = _upsample(logits, masks.shape[-2:]) > 0
+    both = (predicted & masks).flatten(1).sum(1).float()
+    return both / (predicted | masks).flatten(1).sum(1).clamp(min=1)
+
+
+def _matched_box_iou(
+    outputs: dict[str, torch.Tensor], objects: torch.Tensor, match: Match, counts: dict[str, int]
+) -> torch.Tensor:
+    """Sum of the last layer's matched boxes' IoU over the step's number of targets."""
+    rows, queries, index = match
+    boxes = outputs["boxes_cxcywh"][-1].detach().float()
+    iou = _giou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0]
+    return iou.sum() / max(counts["targets"], 1)
