@@ -1,0 +1,300 @@
+"""Pictures: detections over an image, images side by side, training curves.
+
+Images are uint8 (H, W, 3) RGB, boxes xyxy in pixels. Line width and text follow the image's
+size, so that a thumbnail and a 20-megapixel photo read alike.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# One colour a prompt; neighbours differ in hue and in lightness.
+PALETTE = (
+    (230, 60, 60),
+    (40, 120, 240),
+    (245, 180, 0),
+    (160, 60, 210),
+    (0, 185, 185),
+    (250, 115, 20),
+    (235, 70, 165),
+    (125, 180, 20),
+    (90, 60, 235),
+    (150, 95, 45),
+    (75, 180, 250),
+    (0, 130, 100),
+)
+BOX_PROMPT_COLORS = ((235, 30, 30), (0, 200, 60))  # negative, positive
+MASK_OPACITY = 0.4
+LINE_WIDTH = 0.003  # of the image's side, the square root of its area
+FONT_SIZE = 0.026  # likewise
+MIN_FONT_SIZE = 8  # pixels; smaller is unreadable
+CROWDED = 15  # detections; above, text is set smaller
+LUMA = (0.299, 0.587, 0.114)  # Rec. 601
+LIGHT = 140  # of 255; on lighter tags the text is black
+QUALITY_KEYS = ("iou", "mask_iou", "box_iou", "ap", "ap50", "cgf1")  # in any case
+
+
+def draw_overlay(
+    image: np.ndarray,
+    masks: np.ndarray | None,
+    boxes_xyxy: np.ndarray,
+    labels: Sequence[str],
+    colors: Sequence[int],
+    box_prompts_xyxy: Iterable[Sequence[float]] = (),
+    box_prompt_labels: Iterable[int] | None = None,
+) -> np.ndarray:
+    """Draws detections over an image.
+
+    Args:
+        image: uint8 (H, W, 3).
+        masks: bool (n, H, W), or None to draw boxes only.
+        boxes_xyxy: (n, 4) pixels; may reach beyond the image.
+        labels: n texts such as "crack 0.87"; an empty one gets no tag.
+        colors: n indices into PALETTE, counted round; one a prompt.
+        box_prompts_xyxy: the user's boxes, drawn dashed.
+        box_prompt_labels: 1 positive (green) or 0 negative (red) each; None: all positive.
+
+    Returns:
+        uint8 (H, W, 3), a copy.
+    """
+    height, width = image.shape[:2]
+    boxes = [_inside(box, width, height) for box in boxes_xyxy]
+    palette = [PALETTE[int(c) % len(PALETTE)] for c in colors]
+    line = max(1, round(LINE_WIDTH * math.sqrt(height * width)))
+    canvas = np.array(image, dtype=np.uint8)
+    if masks is not None:
+        for mask, color in zip(masks, palette, strict=True):
+            _paint_mask(canvas, np.asarray(mask, dtype=bool), color, line)
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    box_line = line if masks is None else max(1, line // 2)
+    for box, color in zip(boxes, palette, strict=True):
+        if box:
+            draw.rectangle(box, outline=color, width=box_line)
+    prompts = [_inside(box, width, height) for box in box_prompts_xyxy]
+    signs = [1] * len(prompts) if box_prompt_labels is None else box_prompt_labels
+    for box, sign in zip(prompts, signs, strict=True):
+        if box:
+            _dashed_box(draw, box, BOX_PROMPT_COLORS[bool(sign)], line)
+    _draw_tags(draw, (width, height), boxes, labels, palette)
+    return np.array(picture)
+
+
+def _paint_mask(canvas: np.ndarray, mask: np.ndarray, color: Sequence[int], line: int) -> None:
+    """Fills a mask half transparent and draws its contour, in place."""
+    if not mask.any():
+        return
+    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    window = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
+    inside, region = mask[window], canvas[window]  # views: painted in place
+    contour = inside & ~_eroded(inside, line)
+    fill = region[inside] * (1 - MASK_OPACITY) + np.array(color) * MASK_OPACITY
+    region[inside] = fill.round().astype(np.uint8)
+    region[contour] = color
+
+
+def _eroded(mask: np.ndarray, radius: int) -> np.ndarray:
+    """The mask less `radius` pixels along its edge; outside the array is background."""
+    span = 2 * radius + 1
+    for _ in range(2):  # along one axis, then, transposed, along the other
+        padded = np.pad(mask, ((radius + 1, radius), (0, 0)))
+        counts = np.cumsum(padded, axis=0, dtype=np.int32)
+        mask = (counts[span:] - counts[:-span] == span).T
+    return mask
+
+
+def _inside(box: Sequence[float], width: int, height: int) -> list[int] | None:
+    """The first and last pixels of a box inside the image, or None where there are none."""
+    x1, y1, x2, y2 = (float(v) for v in box)
+    # Written so that NaN is outside too.
+    if not (max(0, x1) < min(x2, width) and max(0, y1) < min(y2, height)):
+        return None
+    left, top = min(round(max(0, x1)), width - 1), min(round(max(0, y1)), height - 1)
+    right, bottom = round(min(width, x2)) - 1, round(min(height, y2)) - 1
+    return [left, top, max(left, right), max(top, bottom)]
+
+
+def _dashed_box(draw: ImageDraw.ImageDraw, box: list[int], color: tuple, line: int) -> None:
+    """Outlines a box in dashes over a white line, which shows on any background."""
+    x1, y1, x2, y2 = box
+    line += 1
+    dash = max(3, 4 * line)
+    draw.rectangle(box, outline=(255, 255, 255), width=line)
+    for x in range(x1, x2 + 1, 2 * dash):
+        end = min(x + dash - 1, x2)
+        draw.rectangle([x, y1, end, min(y1 + line - 1, y2)], fill=color)
+        draw.rectangle([x, max(y2 - line + 1, y1), end, y2], fill=color)
+    for y in range(y1, y2 + 1, 2 * dash):
+        end = min(y + dash - 1, y2)
+        draw.rectangle([x1, y, min(x1 + line - 1, x2), end], fill=color)
+        draw.rectangle([max(x2 - line + 1, x1), y, x2, end], fill=color)
+
+
+def _draw_tags(
+    draw: ImageDraw.ImageDraw, size: tuple[int, int], boxes: list, labels: list, palette: list
+) -> None:
+    """Draws each label on a filled tag at its box, inside the image, off the other tags."""
+    shrink = min(1.0, max(0.6, math.sqrt(CROWDED / max(1, len(labels)))))
+    font_size = max(MIN_FONT_SIZE, round(shrink * FONT_SIZE * math.sqrt(size[0] * size[1])))
+    placed: list[tuple] = []  # xyxy of the tags so far
+    for box, label, color in zip(boxes, labels, palette, strict=True):
+        if not box or not label:
+            continue
+        text, font = _fitted(label, font_size, size[0])
+        left, _, right, _ = font.getbbox(text)
+        pad = max(1, font_size // 6)
+        tag_w, tag_h = right - left + 2 * pad, sum(font.getmetrics()) + pad
+        x, y = _tag_position(box, (tag_w, tag_h), size, placed)
+        placed.append((x, y, x + tag_w, y + tag_h))
+        draw.rectangle([x, y, x + tag_w - 1, y + tag_h - 1], fill=color)
+        ink = (0, 0, 0) if np.dot(color, LUMA) > LIGHT else (255, 255, 255)
+        draw.text((x + pad - left, y + pad / 2), text, fill=ink, font=font)
+
+
+def _fitted(text: str, font_size: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The text, cut short where even the smallest font is wider than the image, and its font."""
+    room = width - 2 * max(1, font_size // 6)
+    font = ImageFont.load_default(size=font_size)
+    if font.getlength(text) > room:
+        font_size = max(MIN_FONT_SIZE, int(font_size * room / font.getlength(text)))
+        font = ImageFont.load_default(size=font_size)
+    while len(text) > 1 and font.getlength(text) > room:
+        text = text[:-2] + "." if text.endswith(".") else text[:-1] + "."
+    return text, font
+
+
+def _tag_position(
+    box: list[int], tag: tuple[int, int], size: tuple[int, int], placed: list[tuple]
+) -> tuple[int, int]:
+    """Top left corner for a tag: the first place at its box that is free, else the freest."""
+    x1, y1, x2, y2 = box
+    tag_w, tag_h = tag
+    lines = (y1 - tag_h, y1, y2 + 1, y2 - tag_h + 1, (y1 + y2 - tag_h) // 2)
+    places = [
+        (max(0, min(x, size[0] - tag_w)), max(0, min(y, size[1] - tag_h)))
+        for y in lines
+        for x in (x1, x2 - tag_w + 1)
+    ]
+
+    def covered(place: tuple[int, int]) -> int:
+        x, y = place
+        return sum(
+            max(0, min(x + tag_w, right) - max(x, left))
+            * max(0, min(y + tag_h, bottom) - max(y, top))
+            for left, top, right, bottom in placed
+        )
+
+    return min(places, key=covered)
+
+
+def draw_panel(images: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
+    """Sets images side by side, each under its title, such as before and after.
+
+    Args:
+        images: uint8 (H, W, 3) each, of any sizes; all are scaled to the tallest one's height.
+        titles: one text an image.
+
+    Returns:
+        uint8 (H', W', 3) on white.
+    """
+    height = max(image.shape[0] for image in images)
+    scaled = []
+    for image in images:
+        picture = Image.fromarray(np.asarray(image, dtype=np.uint8))
+        if picture.height != height:
+            width = max(1, round(picture.width * height / picture.height))
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        scaled.append(picture)
+    font_size = max(MIN_FONT_SIZE, round(1.4 * FONT_SIZE * math.sqrt(height * scaled[0].width)))
+    bar, gap = 2 * font_size, font_size // 2
+    total = sum(picture.width + gap for picture in scaled) - gap
+    panel = Image.new("RGB", (total, height + bar), "white")
+    draw = ImageDraw.Draw(panel)
+    x = 0
+    for picture, title in zip(scaled, titles, strict=True):
+        text, font = _fitted(title, font_size, picture.width)
+        draw.text((x + picture.width / 2, bar / 2), text, fill="black", font=font, anchor="mm")
+        panel.paste(picture, (x, bar))
+        x += picture.width + gap
+    return np.array(panel)
+
+
+def draw_curves(log_rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Draws loss, loss terms, learning rate and quality over the steps, and saves the picture.
+
+    Args:
+        log_rows: rows with "step" and any of "loss", "loss_<term>", "lr", "train_iou", and
+            "val", a dict with any of "loss" and QUALITY_KEYS, directly or one dict deeper
+            (`{"segm": {"AP": 0.5}}`). What is missing, None or not finite is left out.
+        path: a .png; written whole or not at all.
+    """
+    from matplotlib import colormaps  # slow to import
+    from matplotlib.figure import Figure  # needs no display, unlike pyplot
+    from matplotlib.ticker import LogLocator
+
+    rows = [row for row in log_rows if _finite(row.get("step"))]
+    validation = [{**_flat(row.get("val") or {}), "step": row["step"]} for row in rows]
+    terms = sorted({key for row in rows for key in row if key.startswith("loss_")})
+    names = dict.fromkeys(key for row in validation for key in row)  # in the order logged
+    quality = [key for key in names if key.split(" ")[-1].lower() in QUALITY_KEYS]
+    panels = {
+        "loss": [(rows, "loss", "train"), (validation, "loss", "val")],
+        "loss terms": [(rows, term, term.removeprefix("loss_")) for term in terms],
+        "learning rate": [(rows, "lr", "lr")],
+        "quality": [(rows, "train_iou", "train iou")]
+        + [(validation, key, f"val {key}") for key in quality],
+    }
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axis, (title, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        axis.set_prop_cycle(color=colormaps["tab10" if len(curves) <= 10 else "tab20"].colors)
+        drawn = [_plot(axis, *curve) for curve in curves]
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if not any(drawn):
+            axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes)
+        elif len(drawn) > 1:
+            axis.legend(fontsize=8, ncols=1 + len(curves) // 8)
+        if "loss" in title and any(drawn) and min(map(min, filter(None, drawn))) > 0:
+            axis.set_yscale("log")
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        else:
+            axis.ticklabel_format(axis="y", scilimits=(-3, 4))
+    _save(figure, Path(path))
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose dicts are spread out: {"segm": {"AP": 1}} is {"segm AP": 1}."""
+    flat = {}
+    for key, value in record.items():
+        nested = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key} {inner}": v for inner, v in nested} or {key: value}
+    return flat
+
+
+def _plot(axis: Any, rows: list[dict], key: str, label: str) -> list[float]:
+    """Plots the finite values of one key, with dots where they are few; returns them."""
+    points = [(row["step"], row[key]) for row in rows if _finite(row.get(key))]
+    if points:
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, marker="o" if len(points) < 30 else None, ms=4, label=label)
+    return [value for _, value in points]
+
+
+def _finite(value: Any) -> bool:
+    """Whether a logged value is a finite number."""
+    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes a figure under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=110)
+    os.replace(temporary, path)

@@ -1,0 +1,459 @@
+"""Metrics of a split: COCO AP, cgF1, object IoU, false positives on absent prompts.
+
+Every category is prompted on every image. One score serves all metrics,
+`sigmoid(logit) * sigmoid(presence)`, but they read it differently:
+
+    AP            no threshold: the ranking of an image's best detections over all its prompts
+    the others    detections of score >= 0.5, matched one to one (Hungarian, highest total IoU)
+
+A *pair* is (image, category): positive if the image has an object of the category, else
+negative. cgF1 = pmF1 (how well positive pairs are detected) x IL_MCC (whether prompts fire on
+the right images). Undefined figures are None, such as cgF1 without negative pairs.
+"""
+
+import contextlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy.optimize import linear_sum_assignment
+
+from sam3_lora.coco import CocoSplit, mask_iou, to_rle
+
+OUT_OF_DOMAIN = -1  # category_id of a row whose word is no category of the split
+SCORE_THRESHOLD = 0.5  # cgf1_eval.py, `threshold`
+MAX_DETECTIONS = 100  # per image, over all its prompts; COCO's maxDets
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
+IOU_50, IOU_75 = 0, 5  # indices into IOU_THRESHOLDS
+OBJECT_EPS = 1e-4  # cgf1_eval.py, in the denominators over objects
+PAIR_EPS = 1e-6  # cgf1_eval.py, in the denominators over pairs
+ALL_AREAS = [0.0, 1e10]  # pixels^2, COCOeval's range "all"
+
+Detections = dict[str, np.ndarray]  # of one image, as select_detections returns
+
+
+def select_detections(
+    logits: Any,
+    presence: Any,
+    boxes_cxcywh: Any,
+    category_ids: Any,
+    original_size: tuple[int, int],
+    max_detections: int = MAX_DETECTIONS,
+) -> Detections:
+    """The best detections of one image over all its prompts, without a threshold.
+
+    Args:
+        logits: (B, Q) of the last decoder layer, tensor or array; the B rows of one image.
+        presence: (B,) presence logits.
+        boxes_cxcywh: (B, Q, 4) in 0..1 of the model's canvas (the plainly resized image).
+        category_ids: (B,) category of each row; `OUT_OF_DOMAIN` for any other word.
+        original_size: (H, W) of the image, pixels.
+        max_detections: how many are kept, the highest scores first.
+
+    Returns:
+        "row", "query", "category_id" (n,) int; "score" (n,) in 0..1, falling; "boxes_xyxy"
+        (n, 4) pixels of the original image, not clipped, as upstream; "absent_scores" (K,),
+        the highest score of each out-of-domain row. Those rows yield no detection: they
+        count in the false-positive rate only.
+
+    Source: eval/postprocessors.py (score, scaling), eval/coco_writer.py (best over prompts).
+    """
+    scores = _sigmoid(_numpy(logits)) * _sigmoid(_numpy(presence))[:, None]  # (B, Q)
+    categories = _numpy(category_ids).astype(np.int64)
+    real = categories != OUT_OF_DOMAIN
+    rows = np.flatnonzero(real)
+    best = np.argsort(-scores[rows].ravel(), kind="stable")[:max_detections]
+    index, query = np.unravel_index(best, (len(rows), scores.shape[1]))
+    row = rows[index]
+    cx, cy, w, h = np.moveaxis(_numpy(boxes_cxcywh)[row, query], -1, 0)  # (n,) each
+    boxes = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=-1)
+    return {
+        "row": row,
+        "query": query,
+        "category_id": categories[row],
+        "score": scores[row, query],
+        "boxes_xyxy": boxes * np.tile(original_size[::-1], 2),
+        "absent_scores": scores[~real].max(axis=1, initial=0.0),
+    }
+
+
+def _numpy(values: Any) -> np.ndarray:
+    """A tensor of any device and dtype, or an array, as float64."""
+    if hasattr(values, "detach"):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    """Logistic function, exact for large negative logits too: they are ranked."""
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def coco_results(image_id: int, found: Detections, rles: list[dict] | None = None) -> list[dict]:
+    """The detections of one image as COCO results.
+
+    Returns:
+        One dict a detection: image_id, category_id, bbox (xywh, pixels), score and, where
+        `rles` gives each detection's compressed RLE, segmentation.
+    """
+    results = []
+    for i, (x1, y1, x2, y2) in enumerate(np.asarray(found["boxes_xyxy"]).tolist()):
+        result = {
+            "image_id": int(image_id),
+            "category_id": int(found["category_id"][i]),
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": float(found["score"][i]),
+        }
+        results.append(result if rles is None else {**result, "segmentation": rles[i]})
+    return results
+
+
+def coco_ap(
+    split: CocoSplit, results: list[dict], iou_type: str, max_detections: int = MAX_DETECTIONS
+) -> dict[str, Any]:
+    """COCO average precision by pycocotools, all areas.
+
+    Args:
+        split: the ground truth. Crowds are regions to ignore, as in pycocotools; for masks,
+            so are the boxes of objects that have no mask.
+        results: COCO results (see `coco_results`) on images of the split, possibly none.
+        iou_type: "bbox", or "segm" where each result has a "segmentation".
+        max_detections: maxDets, per image and category; these figures read the largest only.
+
+    Returns:
+        "AP" (mean over IoU 0.50 to 0.95), "AP50", "AP75", each in 0..1, or None with no
+        object to find; "per_category", a list in the split's order of dicts {category_id,
+        name, prompt, objects, AP, AP50}, where objects counts those that are not crowds.
+    """
+    precision = _precision(split, results, iou_type, max_detections)
+    columns = {category_id: k for k, category_id in enumerate(sorted(split.categories))}
+    objects = Counter(a["category_id"] for _, a in _annotations(split) if not a["iscrowd"])
+    per_category = [
+        {
+            "category_id": category_id,
+            "name": name,
+            "prompt": split.phrase(category_id),
+            "objects": objects[category_id],
+            "AP": _mean(precision[:, :, columns[category_id]]),
+            "AP50": _mean(precision[IOU_50, :, columns[category_id]]),
+        }
+        for category_id, name in split.categories.items()
+    ]
+    totals = {"AP": precision, "AP50": precision[IOU_50], "AP75": precision[IOU_75]}
+    return {**{name: _mean(p) for name, p in totals.items()}, "per_category": per_category}
+
+
+def _annotations(split: CocoSplit) -> Iterator[tuple[dict, dict]]:
+    """Each (image, annotation) of the split."""
+    return ((image, a) for image in split.images for a in split.annotations[image["id"]])
+
+
+def _precision(split: CocoSplit, results: list[dict], iou_type: str, max_dets: int) -> np.ndarray:
+    """COCOeval's precision (10 IoUs, 101 recalls, categories by id); -1 is undefined."""
+    truth = []
+    for image, a in _annotations(split):
+        entry = {**a, "image_id": image["id"]}
+        if iou_type == "segm" and a["segmentation"]:
+            entry["segmentation"] = to_rle(a["segmentation"], image["height"], image["width"])
+        elif iou_type == "segm":
+            x, y, w, h = a["bbox"]
+            entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            entry["iscrowd"] = 1
+        truth.append(entry)
+    if not truth:
+        return np.full((len(IOU_THRESHOLDS), 1, len(split.categories)), -1.0)
+    found = [{**r, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for r in results]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        evaluation = COCOeval(_coco_index(split, truth), _coco_index(split, found), iou_type)
+        evaluation.params.maxDets = [max_dets]
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [ALL_AREAS], ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval["precision"][..., 0, 0]
+
+
+def _coco_index(split: CocoSplit, annotations: list[dict]) -> COCO:
+    """A pycocotools index in memory. Ids are counted from 1: COCOeval reads 0 as unmatched."""
+    coco = COCO()
+    coco.dataset = {
+        "images": split.images,
+        "categories": [{"id": i, "name": name} for i, name in split.categories.items()],
+        "annotations": [{**a, "id": i} for i, a in enumerate(annotations, start=1)],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _mean(precision: np.ndarray) -> float | None:
+    """Mean over what is defined, None where nothing is."""
+    defined = precision[precision > -1]
+    return float(defined.mean()) if defined.size else None
+
+
+def box_iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
+    """IoU (n, m) of boxes (n, 4) and (m, 4); 0 for boxes without area."""
+    a, b = a_xyxy[:, None], b_xyxy[None]  # (n, 1, 4), (1, m, 4)
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    overlap = sides.clip(min=0).prod(axis=-1)  # (n, m)
+    area_a, area_b = ((x[..., 2:] - x[..., :2]).clip(min=0).prod(axis=-1) for x in (a, b))
+    union = area_a + area_b - overlap
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+
+
+def matched_iou(iou: np.ndarray) -> np.ndarray:
+    """IoUs (min(n_dt, n_gt),) of the one-to-one matches with the highest total IoU."""
+    return iou[linear_sum_assignment(-iou)]
+
+
+def mean_object_iou(ious: Iterable[np.ndarray]) -> float | None:
+    """Mean over the objects of all pairs (see `cgf1`) of the matched IoU, 0 where missed."""
+    sums = np.array([(matched_iou(iou).sum(), iou.shape[1]) for iou in ious]).reshape(-1, 2)
+    total, objects = sums.sum(axis=0).tolist()
+    return total / objects if objects else None
+
+
+def cgf1(ious: Iterable[np.ndarray]) -> dict[str, Any]:
+    """cgF1 and its parts, with the official evaluator's names and formulas.
+
+    Args:
+        ious: one (n_dt, n_gt) matrix a pair, empty pairs (0, 0) included: IoU of its
+            detections of score >= threshold with its objects.
+
+    Returns:
+        "cgF1", "precision", "recall", "F1", "positive_macro_F1", "positive_micro_F1",
+        "positive_micro_precision": mean over IoU 0.50 to 0.95, and each with "@0.5" and
+        "@0.75"; "pmF1", short for positive_micro_F1; "IL_precision", "IL_recall", "IL_F1",
+        "IL_FPR", "IL_MCC" over pairs; "positive_pairs", "negative_pairs". None is undefined:
+        cgF1 and IL_MCC without positive or without negative pairs, IL_FPR without negative
+        pairs, all else without positive pairs.
+
+    Source: facebookresearch/sam3 eval/cgf1_eval.py, `CGF1Eval`.
+    """
+    ious = list(ious)
+    n_dt, n_gt = np.array([iou.shape for iou in ious], dtype=np.int64).reshape(-1, 2).T  # (P,)
+    hits = np.array([(matched_iou(iou)[:, None] >= IOU_THRESHOLDS).sum(axis=0) for iou in ious])
+    hits = hits.reshape(-1, len(IOU_THRESHOLDS))  # (P, 10) true positives
+    both = (n_dt > 0) & (n_gt > 0)
+    pairs = _pair_figures(n_dt > 0, n_gt > 0)
+    precision = hits.sum(axis=0) / (n_dt.sum() + OBJECT_EPS)  # (10,)
+    pm_precision = hits.sum(axis=0) / (n_dt[both].sum() + OBJECT_EPS)
+    recall = hits.sum(axis=0) / (n_gt.sum() + OBJECT_EPS)
+    pm_f1 = _f1(pm_precision, recall, OBJECT_EPS)
+    local = [hits[both] / (n[both, None] + OBJECT_EPS) for n in (n_dt, n_gt)]
+    curves = {
+        "cgF1": pm_f1 * pairs["IL_MCC"],
+        "precision": precision,
+        "recall": recall,
+        "F1": _f1(precision, recall, OBJECT_EPS),
+        "positive_macro_F1": _f1(*local, OBJECT_EPS).sum(axis=0) / max(both.sum(), 1),
+        "positive_micro_F1": pm_f1,
+        "positive_micro_precision": pm_precision,
+    }
+    figures = {"pmF1": float(pm_f1.mean()), **pairs}
+    for at, where in (("", slice(None)), ("@0.5", IOU_50), ("@0.75", IOU_75)):
+        figures |= {name + at: float(curve[where].mean()) for name, curve in curves.items()}
+    positives, negatives = int((n_gt > 0).sum()), int((n_gt == 0).sum())
+    undefined = set() if positives else set(figures) - {"IL_FPR"}
+    if not negatives:
+        undefined |= {"cgF1", "cgF1@0.5", "cgF1@0.75", "IL_MCC", "IL_FPR"}
+    figures |= dict.fromkeys(undefined)
+    return {**figures, "positive_pairs": positives, "negative_pairs": negatives}
+
+
+def _pair_figures(fired: np.ndarray, positive: np.ndarray) -> dict[str, float]:
+    """The IL ("image level") figures: whether prompts fire on the right images, (P,) bools."""
+    tp, fp = float((fired & positive).sum()), float((fired & ~positive).sum())
+    fn, tn = float((~fired & positive).sum()), float((~fired & ~positive).sum())
+    precision, recall = tp / (tp + fp + PAIR_EPS), tp / (tp + fn + PAIR_EPS)
+    scale = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    return {
+        "IL_precision": precision,
+        "IL_recall": recall,
+        "IL_F1": _f1(precision, recall, PAIR_EPS),
+        "IL_FPR": fp / (fp + tn + PAIR_EPS),
+        "IL_MCC": (tp * tn - fp * fn) / (scale + PAIR_EPS),
+    }
+
+
+def _f1(precision: Any, recall: Any, eps: float) -> Any:
+    """Harmonic mean, with the evaluator's eps in its denominator."""
+    return 2 * precision * recall / (precision + recall + eps)
+
+
+class DetectionAccumulator:
+    """Collects the detections of a split, image by image, and sums them up."""
+
+    def __init__(
+        self, score_threshold: float = SCORE_THRESHOLD, max_detections: int = MAX_DETECTIONS
+    ) -> None:
+        self.score_threshold = score_threshold
+        self.max_detections = max_detections
+        self._images: dict[int, tuple[Detections, list[dict] | None]] = {}
+
+    def add_image(
+        self, image_id: int, detections: Detections, rles: list[dict] | None = None
+    ) -> None:
+        """Adds an image, once, even when it has no detections.
+
+        Args:
+            image_id: id in the split.
+            detections: as `select_detections` returns; "absent_scores" may be missing.
+            rles: each detection's mask as compressed RLE of the image's size; None leaves
+                the split without mask metrics.
+
+        Raises:
+            ValueError: the image was added before, or the masks are not one a detection.
+        """
+        expected = len(detections["score"])
+        if image_id in self._images:
+            raise ValueError(f"image {image_id} was added before; add each image once")
+        if rles is not None and len(rles) != expected:
+            raise ValueError(f"image {image_id}: expected {expected} masks, found {len(rles)}")
+        self._images[image_id] = detections, rles
+
+    def results(self) -> list[dict]:
+        """All detections as COCO results."""
+        return [r for i, image in self._images.items() for r in coco_results(i, *image)]
+
+    def summary(self, split: CocoSplit) -> dict[str, Any]:
+        """All metrics of the split, over every image of it x every category.
+
+        Args:
+            split: the ground truth. To sum up fewer images, give a split whose `images`
+                is cut: `dataclasses.replace(split, images=split.images[:n])`.
+
+        Returns:
+            "bbox" and "segm" (`coco_ap`; segm None without masks), "cgf1" (`cgf1` with
+            "iou_type": "segm" if every object has a mask, else "bbox"), "mask_iou" and
+            "box_iou" (`mean_object_iou`), "false_positive_rate" (share of pairs without any
+            annotation, and of out-of-domain rows, that have a detection of score >=
+            threshold), "score_threshold" and "counts". Undefined is None.
+
+        Raises:
+            ValueError: the images added are not those of the split, a detection's category
+                is not in the split, or a mask has another size than its image.
+        """
+        self._check(split)
+        objects = [a for _, a in _annotations(split) if not a["iscrowd"]]
+        with_mask = sum(bool(a["segmentation"]) for a in objects)
+        masks_made = all(r is not None or not len(d["score"]) for d, r in self._images.values())
+        use_masks = bool(with_mask and masks_made)
+        box_ious = list(self._pair_ious(split, "bbox"))
+        mask_ious = list(self._pair_ious(split, "segm")) if use_masks else []
+        cgf1_on_masks = use_masks and with_mask == len(objects)
+        results, cap = self.results(), self.max_detections
+        fired, absent = self._count_absent(split)
+        return {
+            "bbox": coco_ap(split, results, "bbox", cap),
+            "segm": coco_ap(split, results, "segm", cap) if use_masks else None,
+            "cgf1": {
+                "iou_type": "segm" if cgf1_on_masks else "bbox",
+                **cgf1(mask_ious if cgf1_on_masks else box_ious),
+            },
+            "mask_iou": mean_object_iou(mask_ious),
+            "box_iou": mean_object_iou(box_ious),
+            "false_positive_rate": fired / absent if absent else None,
+            "score_threshold": self.score_threshold,
+            "counts": {
+                "images": len(split.images),
+                "objects": len(objects),
+                "objects_with_mask": with_mask,
+                "detections": sum(len(iou) for iou in box_ious),
+                "absent_pairs": absent,
+                "false_positive_pairs": fired,
+            },
+        }
+
+    def _check(self, split: CocoSplit) -> None:
+        """Refuses what would make a metric silently wrong."""
+        sizes = {image["id"]: [image["height"], image["width"]] for image in split.images}
+        if differing := sizes.keys() ^ self._images.keys():
+            raise ValueError(
+                f"expected add_image for each of the split's {len(sizes)} images, found "
+                f"{len(self._images)} (see id {min(differing)}); cut split.images to those added"
+            )
+        for image_id, (found, rles) in self._images.items():
+            if strangers := set(np.asarray(found["category_id"]).tolist()) - set(split.categories):
+                raise ValueError(f"image {image_id}: no category {min(strangers)} in the split")
+            for rle in rles or []:
+                if list(rle["size"]) != sizes[image_id]:
+                    wanted = f"expected a mask of (H, W) {sizes[image_id]}"
+                    raise ValueError(f"image {image_id}: {wanted}, found {rle['size']}")
+
+    def _pair_ious(self, split: CocoSplit, iou_type: str) -> Iterator[np.ndarray]:
+        """IoU matrix of each pair: detections >= threshold x objects (for masks, with one)."""
+        for image in split.images:
+            found, rles = self._images[image["id"]]
+            kept = np.flatnonzero(np.asarray(found["score"]) >= self.score_threshold)
+            kept_categories = np.asarray(found["category_id"])[kept]
+            objects = [a for a in split.annotations[image["id"]] if not a["iscrowd"]]
+            if iou_type == "segm":
+                objects = [a for a in objects if a["segmentation"]]
+            for category_id in split.categories:
+                dt = kept[kept_categories == category_id]
+                gt = [a for a in objects if a["category_id"] == category_id]
+                if not len(dt) or not gt:
+                    yield np.zeros((len(dt), len(gt)))
+                elif iou_type == "segm":
+                    truth = [to_rle(a["segmentation"], image["height"], image["width"]) for a in gt]
+                    yield mask_iou([rles[i] for i in dt], truth)
+                else:
+                    corners = np.array([a["bbox"] for a in gt], dtype=np.float64)
+                    corners[:, 2:] += corners[:, :2]  # xywh to xyxy
+                    yield box_iou(np.asarray(found["boxes_xyxy"])[dt], corners)
+
+    def _count_absent(self, split: CocoSplit) -> tuple[int, int]:
+        """Absent prompts that fired, and all absent prompts; a crowd makes a prompt present."""
+        hits = total = 0
+        for image in split.images:
+            found, _ = self._images[image["id"]]
+            kept = np.asarray(found["score"]) >= self.score_threshold
+            fired = set(np.asarray(found["category_id"])[kept].tolist())
+            present = {a["category_id"] for a in split.annotations[image["id"]]}
+            absent = split.categories.keys() - present
+            words = np.asarray(found.get("absent_scores", ()))
+            hits += len(absent & fired) + int((words >= self.score_threshold).sum())
+            total += len(absent) + len(words)
+        return hits, total
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The summary (see `DetectionAccumulator.summary`) as a table; None reads "undefined"."""
+    cg, counts = summary["cgf1"], summary["counts"]
+    geometry = "masks" if cg["iou_type"] == "segm" else "boxes"
+    pairs = f"{cg['positive_pairs']} positive and {cg['negative_pairs']} negative pairs"
+    fired = f"{counts['false_positive_pairs']} of {counts['absent_pairs']} absent prompts fired"
+    figures = [
+        ("cgF1", cg["cgF1"], f"(pmF1 x IL_MCC, on {geometry}; {pairs})"),
+        ("pmF1", cg["pmF1"], ""),
+        ("IL_MCC", cg["IL_MCC"], ""),
+        ("mask IoU", summary["mask_iou"], ""),
+        ("box IoU", summary["box_iou"], ""),
+        ("false-positive rate", summary["false_positive_rate"], f"({fired})"),
+    ]
+    lines = [*_ap_rows(summary), "", f"at score >= {summary['score_threshold']:g}:"]
+    lines += [f"{name:<19}  {_cell(value):>9}  {note}".rstrip() for name, value, note in figures]
+    return "\n".join(lines)
+
+
+def _ap_rows(summary: dict[str, Any]) -> list[str]:
+    """AP and AP50 of each category and of all, for boxes and, where there are, masks."""
+    blocks = {"box": summary["bbox"], "mask": summary["segm"]}
+    blocks = {kind: block for kind, block in blocks.items() if block}
+    rows = [("prompt", "objects", [f"{k} {m}" for k in blocks for m in ("AP", "AP50")])]
+    for entries in zip(*(block["per_category"] for block in blocks.values()), strict=True):
+        cells = [_cell(entry[m]) for entry in entries for m in ("AP", "AP50")]
+        rows.append((entries[0]["prompt"], entries[0]["objects"], cells))
+    totals = [_cell(block[m]) for block in blocks.values() for m in ("AP", "AP50")]
+    rows.append(("all", summary["counts"]["objects"], totals))
+    width = max(len(prompt) for prompt, _, _ in rows)
+    return [f"{p:<{width}}  {n:>7}" + "".join(f"  {c:>9}" for c in cells) for p, n, cells in rows]
+
+
+def _cell(value: float | None) -> str:
+    """A metric as text."""
+    return "undefined" if value is None else f"{value:.3f}"

@@ -1,0 +1,180 @@
+"""Overlays, panels and curves: pixels where they belong, and nothing that makes them crash."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3_lora.drawing import (
+    BOX_PROMPT_COLORS,
+    MASK_OPACITY,
+    PALETTE,
+    draw_curves,
+    draw_overlay,
+    draw_panel,
+)
+
+GREY = 100
+
+
+def photo(height: int = 200, width: int = 300) -> np.ndarray:
+    return np.full((height, width, 3), GREY, dtype=np.uint8)
+
+
+def a_mask(shape, x1, y1, x2, y2) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def has_color(picture: np.ndarray, color) -> np.ndarray:
+    return (picture == np.array(color)).all(axis=-1)
+
+
+def test_mask_is_tinted_and_its_contour_is_pure():
+    image = photo()
+    masks = a_mask((200, 300), 100, 80, 200, 160)[None]
+    picture = draw_overlay(image, masks, np.array([[100, 80, 200, 160]]), [""], [2])
+    assert picture.shape == image.shape and picture.dtype == np.uint8
+    assert (image == GREY).all(), "the given image was drawn on"
+    tint = np.round(GREY * (1 - MASK_OPACITY) + np.array(PALETTE[2]) * MASK_OPACITY)
+    assert picture[120, 150].tolist() == tint.tolist()
+    for y, x in [(80, 150), (159, 150), (120, 100), (120, 199)]:
+        assert picture[y, x].tolist() == list(PALETTE[2])
+    outside = picture.copy()
+    outside[80:160, 100:200] = GREY
+    assert (outside == GREY).all()
+
+
+def test_contour_follows_the_mask_not_the_box():
+    yy, xx = np.mgrid[:200, :300]
+    disk = np.hypot(yy - 100, xx - 150) < 50
+    picture = draw_overlay(photo(), disk[None], np.array([[101, 51, 200, 150]]), [""], [0])
+    pure = has_color(picture, PALETTE[0])
+    assert pure[100, 101] and pure[51, 150]
+    assert not pure[100, 105:195].any()
+    assert picture[60, 110].tolist() == [GREY] * 3  # in the box, off the mask
+
+
+def test_boxes_alone_are_outlined_only():
+    picture = draw_overlay(photo(), None, np.array([[50, 60, 150, 120]]), [""], [1])
+    box = has_color(picture, PALETTE[1])
+    assert box[60, 50:150].all() and box[119, 50:150].all()
+    assert box[60:120, 50].all() and box[60:120, 149].all()
+    assert (picture[65:115, 55:145] == GREY).all()
+
+
+def test_one_colour_a_prompt():
+    boxes = np.array([[10, 100, 40, 130], [60, 100, 90, 130], [110, 100, 140, 130]])
+    picture = draw_overlay(photo(), None, boxes, ["", "", ""], [3, 3, len(PALETTE)])
+    assert picture[100, 20].tolist() == picture[100, 70].tolist() == list(PALETTE[3])
+    assert picture[100, 120].tolist() == list(PALETTE[0])  # the palette is counted round
+
+
+def test_palette_is_well_separated():
+    colors = np.array(PALETTE, dtype=float)
+    distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1)
+    np.fill_diagonal(distances, 999)
+    assert len(PALETTE) >= 10 and distances.min() > 45
+
+
+@pytest.mark.parametrize("box", [[0, 0, 20, 20], [280, 0, 300, 10], [270, 180, 400, 300]])
+def test_tag_stays_inside_the_image(box):
+    def tag_rows(box):
+        picture = draw_overlay(photo(), None, np.array([box]), ["bottle cap 0.87"], [1])
+        widths = has_color(picture, PALETTE[1]).sum(axis=1)
+        return widths.max(), (widths == widths.max()).sum()
+
+    # Whole rows of the tag, which is wider than these boxes: as in the middle of the image.
+    width, rows = tag_rows([100, 100, 120, 120])
+    assert width > 40 and rows >= 3
+    assert tag_rows(box) == (width, rows)
+
+
+def test_tags_of_one_place_do_not_cover_each_other():
+    boxes = np.array([[100, 100, 180, 160]] * 2)
+    picture = draw_overlay(photo(), None, boxes, ["one 0.9", "two 0.8"], [0, 1])
+    alone = [
+        has_color(draw_overlay(photo(), None, boxes[:1], [label], [k]), PALETTE[k])[:99].sum()
+        for k, label in enumerate(["one 0.9", "two 0.8"])
+    ]
+    assert has_color(picture, PALETTE[0])[:99].sum() == alone[0]
+    assert has_color(picture, PALETTE[1]).sum() > alone[1]
+
+
+def test_box_prompts_are_dashed_green_and_red():
+    prompts = [[20, 20, 120, 120], [150, 50, 250, 150]]
+    picture = draw_overlay(photo(), None, np.zeros((0, 4)), [], [], prompts, [1, 0])
+    for (x1, y1, x2, y2), color in zip(prompts, reversed(BOX_PROMPT_COLORS), strict=True):
+        dashes = has_color(picture, color)[y1, x1:x2]
+        assert 0.3 < dashes.mean() < 0.8
+        assert 8 < np.abs(np.diff(dashes.astype(int))).sum() < 40
+        white = has_color(picture, (255, 255, 255))[y1, x1:x2]
+        assert (dashes | white).all()
+        assert (picture[y1 + 10 : y2 - 10, x1 + 10 : x2 - 10] == GREY).all()
+    unsigned = draw_overlay(photo(), None, np.zeros((0, 4)), [], [], prompts[1:])
+    assert has_color(unsigned, BOX_PROMPT_COLORS[1]).any()
+
+
+@pytest.mark.parametrize("masks", [None, np.zeros((0, 200, 300), dtype=bool)])
+def test_no_detection_leaves_the_image_as_it_is(masks):
+    picture = draw_overlay(photo(), masks, np.zeros((0, 4)), [], [])
+    assert (picture == GREY).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (60, 60), (8, 500)])
+def test_tiny_images(size):
+    height, width = size
+    masks = np.ones((1, height, width), dtype=bool)
+    boxes = np.array([[0, 0, width, height]])
+    picture = draw_overlay(
+        photo(*size), masks, boxes, ["a very long prompt 0.87"], [0], boxes.tolist(), [0]
+    )
+    assert picture.shape == (height, width, 3)
+
+
+def test_boxes_that_are_nowhere_are_skipped():
+    nan, inf = float("nan"), float("inf")
+    boxes = [[400, 10, 500, 20], [50, 50, 50, 60], [9, 9, 3, 3], [nan] * 4]
+    picture = draw_overlay(photo(), None, np.array(boxes), ["x"] * 4, [0] * 4)
+    assert (picture == GREY).all()
+    everywhere = draw_overlay(photo(), None, np.array([[-inf, -inf, inf, inf]]), [""], [0])
+    assert has_color(everywhere, PALETTE[0])[0].all()
+
+
+def test_lines_grow_with_the_image():
+    def thickness(height, width):
+        box = np.array([[width // 4, height // 4, width // 2, height // 2]])
+        picture = draw_overlay(photo(height, width), None, box, [""], [0])
+        return has_color(picture, PALETTE[0])[:, width * 3 // 8].sum() // 2
+
+    assert thickness(100, 100) == 1
+    assert thickness(1200, 1600) >= 4
+
+
+def test_panel_sets_images_side_by_side():
+    left, right = photo(100, 150), np.full((50, 40, 3), 200, dtype=np.uint8)
+    panel = draw_panel([left, right], ["before", "after"])
+    assert panel.dtype == np.uint8 and panel.shape[2] == 3
+    assert (panel[-100:, :150] == GREY).all()
+    assert (panel[-100:, -80:] == 200).all()  # 40 x 50 scaled to the height of 100
+    assert (panel[-100:, 151:-81] == 255).all()
+    title = panel[:-100, :150]
+    assert title.min() < 100 and (title[0] == 255).all()
+
+
+def test_curves_are_written_from_whatever_was_logged(tmp_path):
+    rows = [{"step": 1, "loss": 3.0, "loss_bbox": 1.0, "lr": 1e-4, "train_iou": 0.2}]
+    rows += [{"step": 2, "loss": 2.0, "loss_bbox": None, "lr": 1e-4}, {"step": 3}, {"note": "x"}]
+    rows += [{"step": 4, "loss": float("nan"), "val": {"loss": 2.5, "ap": 0.3, "cgf1": None}}]
+    rows += [{"step": 5, "val": {"segm": {"AP": 0.4, "per_category": []}, "mask_iou": 0.5}}]
+    path = tmp_path / "runs" / "curves.png"
+    draw_curves(rows, path)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and picture.width > 800
+        full = np.asarray(picture.convert("RGB"))
+    assert list(path.parent.iterdir()) == [path]
+    draw_curves([], path)
+    with Image.open(path) as picture:
+        empty = np.asarray(picture.convert("RGB"))
+    coloured = [(np.ptp(p.astype(int), axis=-1) > 60).sum() for p in (full, empty)]
+    assert coloured[0] > 200 and coloured[1] == 0
