@@ -1,0 +1,242 @@
+"""Adapter files and resume state: self-describing, written atomically, loaded strictly.
+
+    <run>/best_model/lora_weights.pt     the adapter with the best validation figure
+    <run>/last_model/lora_weights.pt     the adapter as the run ended
+    <run>/checkpoint-<step>/             lora_weights.pt + training_state.pt, to go on from
+
+Both files hold tensors, numbers, strings and containers of them, and load with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import random
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_layers import AdapterError, LoRAConfig, apply_lora, load_lora_state_dict, lora_state_dict
+
+log = logging.getLogger(__name__)
+
+ADAPTER_FILE = "lora_weights.pt"
+STATE_FILE = "training_state.pt"
+FORMAT = "sam3-lora-adapter"
+VERSION = 1
+# Weights that no two SAM 3 models share and no precision casts: they tell one base from another.
+FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.reference_points.weight")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short name for a base model's weights: 16 hex digits of a SHA-256 over two of them."""
+    digest = hashlib.sha256()
+    for name in FINGERPRINT_WEIGHTS:
+        digest.update(model.get_parameter(name).detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adapter(path: Path, model: nn.Module, lora: LoRAConfig, **description: Any) -> None:
+    """Writes an adapter that carries what re-creates it.
+
+    Args:
+        path: file to write; folders are made, an older file is replaced in one move.
+        model: the adapted model.
+        lora: the configuration it was adapted with.
+        description: `base_model`, `geometry_cls`, `categories` (name -> prompt), `step`, `metrics`;
+            numbers, strings and containers of them.
+    """
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "lora_config": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(lora).items()},
+        "lora": lora_state_dict(model),
+        "base_fingerprint": fingerprint(model),
+        **description,
+    }
+    _write(content, path)
+
+
+def read_adapter(path: Path) -> dict[str, Any]:
+    """Reads an adapter file, without a model.
+
+    Args:
+        path: the file, or a folder that holds `lora_weights.pt`.
+
+    Returns:
+        What `save_adapter` wrote, with `lora_config` as a `LoRAConfig`.
+
+    Raises:
+        AdapterError: absent, not an adapter of this project, damaged, or from a later version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / ADAPTER_FILE
+    content = _read(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise AdapterError(
+            f"{path}: expected an adapter written by train_sam3_lora.py, found another .pt file"
+        )
+    if content["version"] > VERSION:
+        raise AdapterError(
+            f"{path}: expected adapter version <= {VERSION}, found {content['version']}; update "
+            "this project"
+        )
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in content["lora_config"].items()}
+    return {**content, "lora_config": LoRAConfig(**fields)}
+
+
+def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Adapts a base model as a file describes, and loads its weights; all of them or none.
+
+    Args:
+        path: as for `read_adapter`.
+        model: the base model the adapter was trained on.
+
+    Returns:
+        The file's content, see `read_adapter`.
+
+    Raises:
+        AdapterError: trained on another base, or the names or shapes do not fit it.
+    """
+    content = read_adapter(path)
+    check_base(content, model, path)
+    apply_lora(model, content["lora_config"])
+    load_lora_state_dict(model, content["lora"])
+    return content
+
+
+def check_base(content: dict[str, Any], model: nn.Module, path: Path) -> None:
+    """Raises AdapterError when an adapter was trained on another base model than this one."""
+    found = fingerprint(model)
+    if content["base_fingerprint"] != found:
+        raise AdapterError(
+            f"{path}: expected the base it was trained on, {content['base_model']} "
+            f"({content['base_fingerprint']}), found a model with other weights ({found}); name "
+            "the right one with --model_name"
+        )
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, state: dict[str, Any], adapter: dict[str, Any]
+) -> Path:
+    """Writes `checkpoint-<step>/`, complete or not at all.
+
+    Args:
+        run_dir: the run's folder.
+        step: optimizer steps done.
+        state: what resuming needs beside the adapter: optimizer, scaler, best figures, metric.
+        adapter: keyword arguments of `save_adapter` but the path.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = run_dir / f"checkpoint-{step}"
+    scratch = run_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_adapter(scratch / ADAPTER_FILE, **adapter)
+    _write({**state, "step": step, "rng": _rng_state()}, scratch / STATE_FILE)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(scratch, folder)
+    return folder
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `rng`."""
+    return _read(folder / STATE_FILE)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def remove_old_checkpoints(run_dir: Path, limit: int) -> list[Path]:
+    """Keeps the newest checkpoint and the best `limit` of all; removes the others.
+
+    Args:
+        run_dir: the run's folder.
+        limit: number of best ones to keep, >= 1, by the list `figure` in their state, higher is
+            better; one without a figure ranks last.
+
+    Returns:
+        The removed folders.
+    """
+    found = checkpoints(run_dir)
+    ranks = {}
+    for folder in found:
+        figure = read_checkpoint(folder)["figure"]
+        ranks[folder] = (figure or [], int(folder.name.split("-")[1]))
+    best = sorted(found, key=lambda f: ranks[f], reverse=True)[:limit]
+    removed = [f for f in found if f not in best and f != found[-1]]
+    for folder in removed:
+        shutil.rmtree(folder)
+    return removed
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Renames an earlier run's folder to `<run>.1`, or the first free number.
+
+    Returns:
+        The new name, or None when there was nothing to rename.
+    """
+    if not run_dir.exists() or not any(p.name != ".gitkeep" for p in run_dir.iterdir()):
+        return None
+    number = 1
+    while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    os.replace(run_dir, target)
+    return target
+
+
+def _rng_state() -> dict[str, Any]:
+    """States of the generators that dropout, point sampling and shuffling draw from."""
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Puts back the generators' states that a checkpoint holds under `rng`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    """Writes beside the target, flushes to disk, then renames over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    with scratch.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def _read(path: Path) -> Any:
+    """torch.load without code execution; AdapterError says what the file is instead."""
+    if not path.is_file():
+        raise AdapterError(f"expected an adapter file, found nothing at {path}; name another")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error)
+        raise AdapterError(
+            f"{path}: expected a file of tensors, numbers and strings, found one that cannot be "
+            f"read safely ({reason})"
+        ) from error
