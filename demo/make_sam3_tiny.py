@@ -1,0 +1,244 @@
+"""Writes a tiny SAM 3: the same classes as facebook/sam3, small enough for a laptop and a test.
+
+The folder holds config, safetensors, a toy tokenizer and a processor, and loads through the same
+`from_pretrained` calls as the hub's model. Its weights are random, or trained for some steps on a
+data set of yours: a body to run code on, not a model that understands anything. It is not Meta's
+model and shares no weight with it.
+
+    python demo/make_sam3_tiny.py --output_dir outputs/sam3_tiny
+    python demo/make_sam3_tiny.py --output_dir outputs/sam3_tiny --size tiny112 --hub_layout
+    python demo/make_sam3_tiny.py --output_dir outputs/sam3_tiny --data data/train --steps 300
+
+Writes: OUTPUT_DIR/{config.json, model.safetensors, tokenizer.json, processor_config.json, ...}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import CLIPTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Model, Sam3Processor
+
+# A script in a folder of its own: the package lies one level up.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sam3_lora import engine  # noqa: E402
+from sam3_lora.coco import read_split  # noqa: E402
+from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches  # noqa: E402
+from sam3_lora.forward import Forward  # noqa: E402
+from sam3_lora.losses import compute_losses, count_targets  # noqa: E402
+from sam3_lora.model import image_size, load_model, num_queries  # noqa: E402
+
+# Patch size of SAM 3's ViT, pixels; every image side here is a multiple of it.
+PATCH = 14
+# Prompt length of SAM 3's text encoder, tokens.
+CONTEXT_LENGTH = 32
+
+# image side (px), window (patches), ViT width / heads / MLP / layers / global layers,
+# width of FPN and DETR, DETR encoder and decoder layers, queries.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny112": {
+        "image": 112, "window": 4, "vit": (64, 2, 128, 4, [1, 3]),
+        "width": 64, "encoder": 1, "decoder": 2, "queries": 16,
+    },
+    "tiny224": {
+        "image": 224, "window": 8, "vit": (96, 3, 256, 4, [1, 3]),
+        "width": 64, "encoder": 2, "decoder": 3, "queries": 32,
+    },
+}  # fmt: skip
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 printable characters that byte-level BPE maps the bytes to, in byte order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    shifted = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(shifted)) for b in range(256)]
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer over single bytes: 514 entries, no download, any text.
+
+    Returns:
+        Tokenizer whose pad token is the end-of-text token, as in CLIP; up to 32 tokens a prompt.
+    """
+    letters = byte_alphabet()
+    entries = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(entries)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=CONTEXT_LENGTH)
+
+
+def tiny_config(size: str, tokenizer: CLIPTokenizer) -> Sam3Config:
+    """The configuration of a tiny SAM 3.
+
+    Args:
+        size: a key of `SIZES`.
+        tokenizer: gives the vocabulary size and the special tokens' ids.
+    """
+    s = SIZES[size]
+    hidden, heads, mlp, layers, global_layers = s["vit"]
+    grid = s["image"] // PATCH
+    width = s["width"]
+    block = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 2 * width}
+    backbone = {
+        "model_type": "sam3_vit_model", "hidden_size": hidden, "intermediate_size": mlp,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "image_size": s["image"],
+        "patch_size": PATCH, "window_size": s["window"], "global_attn_indexes": global_layers,
+        "pretrain_image_size": PATCH * s["window"],
+    }  # fmt: skip
+    text = {
+        "model_type": "clip_text_model", "vocab_size": len(tokenizer), "hidden_size": 64,
+        "intermediate_size": 128, "projection_dim": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": CONTEXT_LENGTH, "hidden_act": "gelu",
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    return Sam3Config(
+        vision_config={
+            "model_type": "sam3_vision_model",
+            "backbone_config": backbone,
+            "fpn_hidden_size": width,
+            "backbone_feature_sizes": [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2],
+            "scale_factors": [4.0, 2.0, 1.0, 0.5],
+        },
+        text_config=text,
+        geometry_encoder_config={**block, "num_layers": 1},
+        detr_encoder_config={**block, "num_layers": s["encoder"]},
+        detr_decoder_config={**block, "num_layers": s["decoder"], "num_queries": s["queries"]},
+        mask_decoder_config={"hidden_size": width, "num_attention_heads": 4},
+    )
+
+
+def make_tiny(
+    output_dir: Path, size: str = "tiny112", seed: int = 0, hub_layout: bool = False
+) -> Path:
+    """Writes a tiny SAM 3 with random weights, its tokenizer and its processor.
+
+    Args:
+        output_dir: folder to write into; files of the same names are replaced.
+        size: a key of `SIZES`.
+        seed: of the random weights.
+        hub_layout: write as facebook/sam3 is published: the config of the video model, whose
+            detector this is, and weight names that start with `detector_model.`.
+
+    Returns:
+        `output_dir`.
+    """
+    output_dir = Path(output_dir)
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model = Sam3Model(tiny_config(size, tokenizer)).eval()
+    spread_queries(model)
+    side = SIZES[size]["image"]
+    mask_side = 4 * side // PATCH
+    image_processor = Sam3ImageProcessor(
+        size={"height": side, "width": side}, mask_size={"height": mask_side, "width": mask_side}
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if hub_layout:
+        _save_as_detector(model, output_dir)
+    else:
+        model.save_pretrained(output_dir)
+    Sam3Processor(image_processor, tokenizer).save_pretrained(output_dir)
+    return output_dir
+
+
+@torch.no_grad()
+def spread_queries(model: Sam3Model) -> None:
+    """Starts the queries apart, on a grid of boxes; training from scratch needs it.
+
+    The library's initialisation puts every query's box at the image's centre, with random moves.
+    """
+    decoder = model.detr_decoder
+    count = decoder.reference_points.num_embeddings
+    columns = math.ceil(math.sqrt(count))
+    index = torch.arange(count)
+    boxes = torch.full((count, 4), 2.0 / columns)  # (count, 4) cxcywh, neighbours overlap
+    boxes[:, 0] = (index % columns + 0.5) / columns
+    boxes[:, 1] = (index // columns + 0.5) / math.ceil(count / columns)
+    decoder.reference_points.weight.copy_(torch.logit(boxes))
+    decoder.query_embed.weight.normal_()
+    decoder.box_head.layer3.weight.zero_()
+    decoder.box_head.layer3.bias.zero_()
+
+
+def pretrain(
+    folder: Path, data: Path, steps: int, learning_rate: float = 1e-3, batch_size: int = 4
+) -> None:
+    """Trains every weight of a folder's model on a COCO split, with Meta's losses, in place.
+
+    Args:
+        folder: as written by `make_tiny`, in the detector's layout.
+        data: split folder, see data/README.md.
+        steps: optimizer steps; one-cycle learning rate.
+        learning_rate: peak, of AdamW.
+        batch_size: images a step.
+    """
+    model, tokenizer = load_model(str(folder))
+    model.requires_grad_(True)
+    dataset = PromptDataset(
+        read_split(data), image_size(model), num_queries(model), train=True, augment=False
+    )
+    epochs = range(math.ceil(steps * batch_size / len(dataset)) + 1)
+    batches = [b for e in epochs for b in epoch_batches(len(dataset), batch_size, e, 0, True)]
+    records = engine.train_one_epoch(
+        Forward(model, tokenizer, one_to_many=True, masks=dataset.has_masks()),
+        compute_losses,
+        count_targets,
+        build_loader(dataset, batches[:steps], num_workers=2),
+        engine.build_optimizer(model, learning_rate, 1e-4),
+        lambda step: engine.lr_factor("cosine", step, steps, steps // 10),
+        max_grad_norm=1.0,
+    )
+    with tqdm(records, total=steps) as bar:
+        for record in bar:
+            bar.set_postfix(loss=f"{record['loss']:.1f}", iou=f"{record['iou']:.3f}")
+    model.save_pretrained(folder)
+
+
+def _save_as_detector(model: Sam3Model, output_dir: Path) -> None:
+    """Saves under the video model's config and weight names, as the hub's repository does."""
+    config = {
+        "architectures": ["Sam3VideoModel"],
+        "model_type": "sam3_video",
+        "detector_config": model.config.to_dict(),
+    }
+    (output_dir / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    weights = {f"detector_model.{name}": tensor for name, tensor in model.state_dict().items()}
+    # A weight of the tracker stands in the hub's file too; the detector must ignore it.
+    weights["tracker_model.no_memory_embedding"] = torch.zeros(1, 1, 8)
+    save_file(weights, output_dir / "model.safetensors", metadata={"format": "pt"})
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--size", choices=sorted(SIZES), default="tiny224", help="default: tiny224")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    parser.add_argument("--hub_layout", action="store_true", help="as facebook/sam3 is published")
+    parser.add_argument("--data", type=Path, help="split folder to train every weight on")
+    parser.add_argument("--steps", type=int, default=300, help="steps on --data (default: 300)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the folder that the flags ask for."""
+    args = build_parser().parse_args(argv)
+    make_tiny(args.output_dir, args.size, args.seed, args.hub_layout)
+    if args.data:
+        pretrain(args.output_dir, args.data, args.steps)
+    sys.stdout.write(f"{args.output_dir}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

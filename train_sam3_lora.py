@@ -1,0 +1,455 @@
+"""Fine-tunes SAM 3 with LoRA on a COCO data set (see data/README.md for the layout).
+
+    python train_sam3_lora.py --config configs/base_config.yaml
+    python train_sam3_lora.py --config configs/base_config.yaml --batch_size 8 --lora_rank 16
+    python train_sam3_lora.py --config configs/base_config.yaml --resume
+
+Writes to output_dir:
+    best_model/lora_weights.pt   the adapter with the best validation figure (config.yaml beside it)
+    last_model/lora_weights.pt   the adapter as the run ended
+    checkpoint-<step>/           adapter, optimizer and random state, for --resume
+    config.yaml, log.jsonl, train.log, curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from lora_layers import (
+    COMPONENTS,
+    AdapterError,
+    LoRAConfig,
+    apply_lora,
+    count_parameters,
+    load_lora_state_dict,
+    lora_table,
+)
+from sam3_lora import checkpoint, engine
+from sam3_lora.coco import CocoSplit, DatasetError, read_split, sibling_val
+from sam3_lora.config import (
+    Config,
+    ConfigError,
+    FlagParser,
+    add_config_flags,
+    config_from_args,
+    save_config,
+    setup_logging,
+    user_errors,
+)
+from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches
+from sam3_lora.drawing import draw_curves
+from sam3_lora.evaluation import evaluate_split
+from sam3_lora.forward import Forward
+from sam3_lora.losses import compute_losses, count_targets
+from sam3_lora.model import (
+    ModelError,
+    cast_towers,
+    choose_device,
+    compute_dtype,
+    image_size,
+    load_model,
+    num_queries,
+    train_adapted,
+)
+
+log = logging.getLogger("train")
+
+# The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
+LONGEST_WARMUP = 0.1
+
+
+@dataclass
+class Run:
+    """What the loop reads and writes: one run's parts and where it stands."""
+
+    config: Config
+    lora: LoRAConfig
+    forward: Forward
+    train_set: PromptDataset
+    val_set: PromptDataset | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    steps_per_epoch: int
+    total_steps: int
+    step: int = 0
+    best: list[float] | None = None
+    evaluated: int = -1  # step of the last evaluation
+    figure: list[float] | None = None  # of the last evaluation
+    val: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return self.config.output.output_dir
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: one flag for each key of the configuration."""
+    parser = FlagParser(description=__doc__)
+    add_config_flags(parser)
+    return parser
+
+
+def lora_config(config: Config) -> LoRAConfig:
+    """The `lora` section as the LoRA layers take it."""
+    section = config.lora
+    return LoRAConfig(
+        rank=section.rank,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        target_modules=section.target_modules,
+        components=tuple(c for c in COMPONENTS if getattr(section, f"apply_to_{c}")),
+    )
+
+
+def read_splits(config: Config) -> tuple[CocoSplit, CocoSplit | None]:
+    """The training split and the validation split, if there is one."""
+    train_path = config.training.train_data_path
+    train_split = read_split(train_path)
+    val_path = config.training.val_data_path or sibling_val(train_path)
+    if val_path is None:
+        log.warning("no val/ beside %s: the last adapter will be the best_model", train_path)
+        return train_split, None
+    val_split = read_split(val_path)
+    limit = config.evaluation.max_val_images
+    return train_split, replace(val_split, images=val_split.images[:limit])
+
+
+def build_datasets(
+    config: Config, model: torch.nn.Module, splits: tuple[CocoSplit, CocoSplit | None]
+) -> tuple[PromptDataset, PromptDataset | None]:
+    """Training and validation sets for the model's canvas."""
+    training = config.training
+    size, queries = image_size(model), num_queries(model)
+    train_set = PromptDataset(
+        splits[0],
+        size,
+        queries,
+        train=True,
+        prompts_per_image=training.prompts_per_image,
+        out_of_domain_prompts=training.out_of_domain_prompts,
+        augment=training.augment,
+        flip_probability=training.flip_probability,
+        over_queries=training.over_queries,
+        seed=training.seed,
+    )
+    val_set = None
+    if splits[1] is not None:
+        val_set = PromptDataset(splits[1], size, queries, train=False)
+    if not train_set.has_masks():
+        log.warning("the training split has no masks: training on boxes, without the mask loss")
+        if lora_config(config).components == ("mask_decoder",):
+            raise ConfigError(
+                "lora.apply_to_*: the mask decoder alone cannot learn from data without masks; "
+                "add --lora_apply_to_detr_decoder true"
+            )
+    return train_set, val_set
+
+
+def adapt(config: Config, model: torch.nn.Module) -> LoRAConfig:
+    """Puts the adapters in, fresh or from `init_lora_weights`."""
+    lora = lora_config(config)
+    start = config.training.init_lora_weights
+    content = checkpoint.read_adapter(start) if start else None
+    if content:
+        checkpoint.check_base(content, model, start)
+        if content["lora_config"] != lora:
+            raise AdapterError(
+                f"init_lora_weights {start}: expected an adapter of this run's settings ({lora}), "
+                f"found {content['lora_config']}; set the lora section to these"
+            )
+    apply_lora(model, lora)
+    if content:
+        load_lora_state_dict(model, content["lora"])
+    log.info("adapters:\n%s", lora_table(model))
+    return lora
+
+
+def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run:
+    """Loads the model, adapts it, and makes all that the loop needs; writes nothing."""
+    device = choose_device(config.hardware.device)
+    training = config.training
+    model, tokenizer = load_model(config.model.name)
+    train_set, val_set = build_datasets(config, model, splits)
+    lora = adapt(config, model)
+    dtype = compute_dtype(config.hardware.mixed_precision, device)
+    cast_towers(model, dtype)
+    model.to(device)
+    batches = math.ceil(len(train_set) / training.batch_size)
+    steps_per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    total = steps_per_epoch * training.num_epochs
+    return Run(
+        config=config,
+        lora=lora,
+        forward=Forward(
+            model,
+            tokenizer,
+            config.model.geometry_cls,
+            dtype,
+            one_to_many=training.one_to_many,
+            masks=train_set.has_masks(),
+        ),
+        train_set=train_set,
+        val_set=val_set,
+        optimizer=engine.build_optimizer(model, training.learning_rate, training.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=min(total, training.max_steps or total),
+    )
+
+
+def open_folder(run: Run) -> None:
+    """Makes the run's folder; an earlier run is set aside, replaced or (--resume) continued."""
+    output = run.config.output
+    if output.resume:
+        resume(run)
+    elif output.overwrite:
+        shutil.rmtree(run.folder, ignore_errors=True)
+    elif moved := checkpoint.set_aside(run.folder):
+        log.warning("%s held an earlier run: renamed to %s", run.folder, moved)
+    setup_logging(run.folder / "train.log")
+    save_config(run.config, run.folder / "config.yaml")
+    trainable, base = count_parameters(run.forward.model)
+    log.info(
+        "sam3-lora %s, python %s, torch %s, transformers %s, %s, %s: %s trainable of %s (%.3f %%)",
+        git_commit(),
+        platform.python_version(),
+        torch.__version__,
+        importlib.metadata.version("transformers"),
+        run.forward.device,
+        str(run.forward.dtype).removeprefix("torch."),
+        f"{trainable:,}",
+        f"{base:,}",
+        100 * trainable / base,
+    )
+
+
+def git_commit() -> str:
+    """The commit this file is at, or `unknown` outside a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def resume(run: Run) -> None:
+    """Goes on from the newest checkpoint: adapter, optimizer, random state, best figure."""
+    found = checkpoint.checkpoints(run.folder)
+    if not found:
+        raise ConfigError(
+            f"--resume: expected checkpoint-<step>/ in {run.folder}, found none; start without it"
+        )
+    content = checkpoint.read_adapter(found[-1])
+    checkpoint.check_base(content, run.forward.model, found[-1])
+    load_lora_state_dict(run.forward.model, content["lora"])
+    state = checkpoint.read_checkpoint(found[-1])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.step, run.best, run.figure = state["step"], state["best"], state["figure"]
+    checkpoint.restore_rng(state["rng"])
+    log_file = run.folder / "log.jsonl"
+    if log_file.exists():
+        rows = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
+        log_file.write_text(kept, encoding="utf-8")
+    log.info("resuming from %s", found[-1])
+
+
+def append_log(run: Run, row: dict[str, Any]) -> None:
+    """One line of log.jsonl."""
+    with (run.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def evaluate_now(run: Run) -> None:
+    """Evaluates on the validation split, once a step, and keeps the adapter if it is the best."""
+    if run.val_set is None or run.evaluated == run.step:
+        return
+    config = run.config
+    forward = replace(run.forward, one_to_many=False)
+    forward.model.eval()
+    batches = epoch_batches(len(run.val_set), 1, 0, 0, shuffle=False)
+    summary, _ = evaluate_split(
+        forward,
+        criterion_of(config),
+        count_targets,
+        build_loader(run.val_set, batches, config.hardware.num_workers),
+        run.val_set.split,
+        max_rows=config.hardware.max_rows_per_forward,
+        max_detections=config.evaluation.max_detections,
+        score_threshold=config.evaluation.score_threshold,
+    )
+    run.evaluated = run.step
+    run.val = validation_figures(summary)
+    chosen = run.val[config.evaluation.best_metric]
+    if config.evaluation.best_metric == "loss":
+        chosen = -chosen
+    # Early figures tie at 0 or are undefined; the lower loss decides then.
+    run.figure = [-1.0 if chosen is None else chosen, -run.val["loss"]]
+    log.info("step %d, validation: %s", run.step, describe(run.val))
+    append_log(run, {"step": run.step, "val": run.val})
+    if run.best is None or run.figure > run.best:
+        run.best = run.figure
+        save_model(run, "best_model")
+
+
+def validation_figures(summary: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the log keeps of a validation, on masks where there are any."""
+    geometry = summary["segm"] or summary["bbox"]
+    return {
+        "loss": summary["losses"]["loss"],
+        "iou": summary["losses"]["iou"],
+        "ap": geometry["AP"],
+        "ap50": geometry["AP50"],
+        "cgf1": summary["cgf1"]["cgF1"],
+        "false_positive_rate": summary["false_positive_rate"],
+    }
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """Named figures on one line."""
+    parts = [f"{k} {'undefined' if v is None else format(v, '.4g')}" for k, v in figures.items()]
+    return ", ".join(parts)
+
+
+def adapter_description(run: Run) -> dict[str, Any]:
+    """Arguments of `save_adapter`: the adapter with all that re-creates it."""
+    split = run.train_set.split
+    return {
+        "model": run.forward.model,
+        "lora": run.lora,
+        "base_model": run.config.model.name,
+        "geometry_cls": run.config.model.geometry_cls,
+        "categories": {name: split.phrase(c) for c, name in split.categories.items()},
+        "step": run.step,
+        "metrics": dict(run.val),
+    }
+
+
+def save_model(run: Run, name: str) -> None:
+    """Writes the adapter and the configuration to a folder of the run."""
+    folder = run.folder / name
+    checkpoint.save_adapter(folder / checkpoint.ADAPTER_FILE, **adapter_description(run))
+    save_config(run.config, folder / "config.yaml")
+
+
+def save_now(run: Run) -> None:
+    """Writes a checkpoint and removes those beyond the limit."""
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "best": run.best,
+        "figure": run.figure if run.evaluated == run.step else None,
+    }
+    checkpoint.save_checkpoint(run.folder, run.step, state, adapter_description(run))
+    checkpoint.remove_old_checkpoints(run.folder, run.config.training.save_total_limit)
+    if run.val_set is None:
+        save_model(run, "best_model")
+
+
+def criterion_of(config: Config) -> engine.Criterion:
+    """The loss with this run's settings."""
+    training = config.training
+    return partial(compute_losses, pos_weight=training.pos_weight, mask_loss=training.mask_loss)
+
+
+def train_epoch(run: Run, epoch: int) -> None:
+    """One epoch from where the run stands: steps, log lines, evaluations and checkpoints."""
+    training, output = run.config.training, run.config.output
+    done = run.step - epoch * run.steps_per_epoch
+    batches = epoch_batches(
+        len(run.train_set), training.batch_size, epoch, training.seed, shuffle=True
+    )[done * training.gradient_accumulation_steps :]
+    steps = min(run.steps_per_epoch - done, run.total_steps - run.step)
+    batches = batches[: steps * training.gradient_accumulation_steps]
+    warmup = min(training.warmup_steps, int(LONGEST_WARMUP * run.total_steps))
+    device = run.forward.device
+    loader = build_loader(
+        run.train_set, batches, run.config.hardware.num_workers, pin=device.type == "cuda"
+    )
+    train_adapted(run.forward.model)
+    records = engine.train_one_epoch(
+        run.forward,
+        criterion_of(run.config),
+        count_targets,
+        loader,
+        run.optimizer,
+        lambda step: engine.lr_factor(training.lr_schedule, step, run.total_steps, warmup),
+        step=run.step,
+        accumulation=training.gradient_accumulation_steps,
+        max_grad_norm=training.max_grad_norm,
+        max_rows=run.config.hardware.max_rows_per_forward,
+        scaler=run.scaler,
+    )
+    window = engine.Window()
+    with tqdm(
+        records, f"epoch {epoch + 1}/{training.num_epochs}", steps, disable=not sys.stderr.isatty()
+    ) as bar:
+        for record in bar:
+            run.step = record["step"]
+            window.add(record)
+            bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.2e}")
+            if run.step % output.logging_steps == 0 or run.step == run.total_steps:
+                row = window.close(epoch, device)
+                append_log(run, row)
+                bar.set_postfix_str(engine.progress_text(row))
+                log.info("step %d/%d: %s", run.step, run.total_steps, engine.progress_text(row))
+            if run.step % training.eval_steps == 0:
+                evaluate_now(run)
+                train_adapted(run.forward.model)
+            if run.step % training.save_steps == 0:
+                save_now(run)
+
+
+@user_errors(ConfigError, DatasetError, AdapterError, ModelError, engine.LossError)
+def main(argv: list[str] | None = None) -> int:
+    """Trains as the configuration and the flags say."""
+    args = build_parser().parse_args(argv)
+    setup_logging(None)
+    config = config_from_args(args)
+    # 1. Data before weights: its faults show in seconds.
+    splits = read_splits(config)
+    # 2. Model, adapters, optimizer; nothing is written until all of it stands.
+    engine.seed_everything(config.training.seed)
+    run = build_run(config, splits)
+    open_folder(run)
+    log.info(
+        "%d images, %d categories, %d steps in %d epochs",
+        len(run.train_set),
+        len(run.train_set.split.categories),
+        run.total_steps,
+        math.ceil(run.total_steps / run.steps_per_epoch),
+    )
+    # 3. Epochs; each ends with an evaluation and a checkpoint.
+    with logging_redirect_tqdm():
+        while run.step < run.total_steps:
+            train_epoch(run, run.step // run.steps_per_epoch)
+            evaluate_now(run)
+            save_now(run)
+    # 4. The end of the run.
+    save_model(run, "last_model")
+    lines = (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    draw_curves([json.loads(line) for line in lines], run.folder / "curves.png")
+    log.info("done: %s", run.folder / "best_model" / checkpoint.ADAPTER_FILE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
