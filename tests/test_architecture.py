@@ -1,0 +1,208 @@
+"""The shape of the project: who may import whom, how large a file and a function may be."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "sam3_lora"
+
+MAX_ROOT_FILES = 8
+MAX_PACKAGE_FILES = 18
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 50
+MAX_MAIN_LINES = 60
+
+# Which of our modules each module may import; one that is not named may import none.
+MAY_IMPORT = {
+    "model": {"lora_layers"},
+    "checkpoint": {"lora_layers"},
+    "config": {"lora_layers"},
+    "coco": {"faults"},
+    "formats": {"coco"},
+    "dataset": {"coco"},
+    "metrics": {"coco"},
+    "forward": {"model"},
+    "evaluation": {"lora_layers", "checkpoint", "coco", "engine", "forward", "metrics", "model"},
+    "scenes": {"coco"},
+    "features": {"model"},
+    "memory": {"model"},
+    "report": {"drawing"},
+}
+# Which files of the product may import a library; the rest of the product may not.
+ONLY_IMPORTERS = {
+    "pycocotools.mask": {"sam3_lora/coco.py"},
+    "yaml": {"sam3_lora/config.py", "sam3_lora/formats.py"},
+    "transformers": {"sam3_lora/model.py"},
+    "peft": set(),
+}
+SHADOWED_LIBRARIES = ("datasets", "evaluate", "utils", "peft", "sam3", "types", "logging")
+SHADOWED_LIBRARIES += ("tokenizers",)
+# The first folder of paths that exist on one machine only, without the words themselves here.
+MACHINE_PATH = re.compile(rf"(?<![\w.:/-])/(?:{'|'.join(('wor' + 'k', 'far' + 'm', 'home'))})/\w")
+
+ROOT_FILES = sorted(ROOT.glob("*.py"))
+PACKAGE_FILES = sorted(PACKAGE.glob("*.py"))
+SIDE_FILES = sorted([*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")])
+PRODUCT_FILES = ROOT_FILES + PACKAGE_FILES
+SCRIPTS = [path for path in ROOT_FILES if path.stem != "lora_layers"] + SIDE_FILES
+ALL_FILES = PRODUCT_FILES + SIDE_FILES + sorted(ROOT.glob("tests/**/*.py"))
+
+
+def name_of(path: Path) -> str:
+    """A path as the project writes it, from the root and with forward slashes."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports_of(tree: ast.Module) -> set[str]:
+    """Every module a file imports, wherever in it; `from a import b` gives both `a` and `a.b`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def our_imports_of(path: Path) -> set[str]:
+    """The modules of the project that a file imports: package modules by stem, root files too."""
+    found = imports_of(tree_of(path))
+    ours = {item.stem for item in PACKAGE_FILES if f"sam3_lora.{item.stem}" in found}
+    ours |= {item.stem for item in ROOT_FILES + SIDE_FILES if item.stem in found}
+    return ours
+
+
+def functions_of(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function and method of a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    """Runs a test once for each file."""
+    return pytest.mark.parametrize("path", paths, ids=[name_of(path) for path in paths])
+
+
+def test_rooms_are_few() -> None:
+    assert len(ROOT_FILES) <= MAX_ROOT_FILES
+    assert len(PACKAGE_FILES) <= MAX_PACKAGE_FILES
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert folders <= {"__pycache__"}
+
+
+def test_no_root_name_shadows_a_library() -> None:
+    names = {path.stem for path in ROOT.iterdir()}
+    assert names.isdisjoint(SHADOWED_LIBRARIES)
+
+
+def test_package_docstring_is_a_map_of_its_modules() -> None:
+    tree = tree_of(PACKAGE / "__init__.py")
+    assert len(tree.body) == 1
+    named = set(re.findall(r"^(\w+)  +", ast.get_docstring(tree), re.MULTILINE))
+    assert {path.stem for path in PACKAGE_FILES} - {"__init__"} <= named
+
+
+@each(PRODUCT_FILES + SIDE_FILES)
+def test_imports_follow_the_table(path: Path) -> None:
+    ours = our_imports_of(path)
+    if path in SCRIPTS:
+        allowed = {item.stem for item in PACKAGE_FILES} | {"lora_layers"}
+    else:
+        allowed = MAY_IMPORT.get(path.stem, set())
+    assert ours <= allowed, f"{name_of(path)} imports {sorted(ours - allowed)}"
+    relative = [name for name in imports_of(tree_of(path)) if name.startswith(".")]
+    assert relative == [], f"{name_of(path)}: write `from sam3_lora.x import y`"
+
+
+@each(PRODUCT_FILES)
+def test_libraries_have_one_importer(path: Path) -> None:
+    found = imports_of(tree_of(path))
+    for library, importers in ONLY_IMPORTERS.items():
+        used = any(name == library or name.startswith(f"{library}.") for name in found)
+        assert not used or name_of(path) in importers, f"{name_of(path)} imports {library}"
+
+
+@each(SIDE_FILES)
+def test_only_benchmarks_compare_with_peft(path: Path) -> None:
+    found = {name.split(".")[0] for name in imports_of(tree_of(path))}
+    assert "peft" not in found or path.parent.name == "benchmarks"
+
+
+def test_lora_layers_needs_only_torch() -> None:
+    path = ROOT / "lora_layers.py"
+    if not path.exists():
+        pytest.skip("lora_layers.py is not there")
+    standard = {"__future__", "collections", "contextlib", "dataclasses", "difflib", "math", "re"}
+    standard |= {"typing", "functools", "itertools"}
+    assert {name.split(".")[0] for name in imports_of(tree_of(path))} <= standard | {"torch"}
+
+
+@each(ALL_FILES)
+def test_file_and_function_sizes(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_FILE_LINES, f"{name_of(path)} has {lines} lines"
+    for node in functions_of(tree_of(path)):
+        length = node.end_lineno - node.lineno + 1
+        limit = MAX_MAIN_LINES if node.name == "main" else MAX_FUNCTION_LINES
+        assert length <= limit, f"{name_of(path)}:{node.lineno} {node.name} has {length} lines"
+
+
+@each(PACKAGE_FILES)
+def test_package_does_not_print_or_exit(path: Path) -> None:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            place = f"{name_of(path)}:{node.lineno}"
+            assert called not in ("print", "sys.exit", "exit", "quit"), f"{place} calls {called}"
+
+
+@each(ALL_FILES)
+def test_no_bare_except_and_no_lax_loading(path: Path) -> None:
+    for node in ast.walk(tree_of(path)):
+        place = f"{name_of(path)}:{getattr(node, 'lineno', 0)}"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{place} except:"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            off = {
+                keyword.arg
+                for keyword in node.keywords
+                if isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            }
+            assert "weights_only" not in off, f"{place} loads a pickle"
+            # zip has a keyword of the same name.
+            assert "strict" not in off or called == "zip", f"{place} loads with strict off"
+            assert called != "yaml.load", f"{place}: yaml.load can run code"
+
+
+@each([path for path in SCRIPTS if path.parent == ROOT])
+def test_script_has_its_parts(path: Path) -> None:
+    tree = tree_of(path)
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert ast.get_docstring(tree), f"{name_of(path)} has no docstring"
+    assert {"build_parser", "main"} <= names, f"{name_of(path)} lacks build_parser or main"
+
+
+def test_no_path_of_one_machine_in_the_tree() -> None:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    suffixes = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".sh", ".json", ".cfg", ""}
+    for name in listed.stdout.decode().split("\0"):
+        path = ROOT / name
+        if name and path.is_file() and path.suffix in suffixes:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            match = MACHINE_PATH.search(text)
+            assert match is None, f"{name} holds the path {match.group() if match else ''}..."
