@@ -31,7 +31,7 @@ from sam3_lora.coco import (
     split_dir,
     write_split,
 )
-from sam3_lora.config import ConfigError, setup_logging, user_errors
+from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.formats import read_yolo
 
 logger = logging.getLogger("prepare_data")
@@ -43,19 +43,15 @@ NAMES_LISTED = 5
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line, one subcommand an operation."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="Each command has its own --help."
-    )
+    parser = FlagParser(description=__doc__, epilog="Each command has its own --help.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    debug = argparse.ArgumentParser(add_help=False)
-    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument(
         "--output_dir", type=Path, default=Path("data"), help="data folder (default: data)"
     )
     split = argparse.ArgumentParser(add_help=False)
     split.add_argument("--split", choices=SPLITS, default="train", help="default: train")
-    write = argparse.ArgumentParser(add_help=False, parents=[output, split, debug])
+    write = argparse.ArgumentParser(add_help=False, parents=[output, split])
     write.add_argument(
         "--prompts",
         metavar="JSON",
@@ -63,14 +59,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     write.add_argument("--overwrite", action="store_true", help="replace a split that has files")
 
-    commands.add_parser("create", parents=[output, debug], help="make the empty folders")
+    commands.add_parser("create", parents=[output], help="make the empty folders")
     coco = commands.add_parser("coco", parents=[write], help="COCO or Roboflow COCO")
     coco.add_argument("--coco_json", type=Path, required=True, help="annotation file")
     coco.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
     yolo = commands.add_parser("yolo", parents=[write], help="YOLO boxes or polygons")
     yolo.add_argument("--yolo_dir", type=Path, required=True, help="folder of images and labels")
     yolo.add_argument("--classes", help='names of class 0, 1, ... as "person,car"; else data.yaml')
-    check = commands.add_parser("validate", parents=[split, debug], help="check a split")
+    check = commands.add_parser("validate", parents=[split], help="check a split")
     check.add_argument(
         "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
     )

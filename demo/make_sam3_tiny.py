@@ -30,11 +30,12 @@ from transformers import CLIPTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Mode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sam3_lora import engine  # noqa: E402
-from sam3_lora.coco import read_split  # noqa: E402
+from sam3_lora.coco import DatasetError, read_split  # noqa: E402
+from sam3_lora.config import FlagParser, user_errors  # noqa: E402
 from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches  # noqa: E402
 from sam3_lora.forward import Forward  # noqa: E402
 from sam3_lora.losses import compute_losses, count_targets  # noqa: E402
-from sam3_lora.model import image_size, load_model, num_queries  # noqa: E402
+from sam3_lora.model import ModelError, image_size, load_model, num_queries  # noqa: E402
 
 # Patch size of SAM 3's ViT, pixels; every image side here is a multiple of it.
 PATCH = 14
@@ -218,9 +219,7 @@ def _save_as_detector(model: Sam3Model, output_dir: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny224", help="default: tiny224")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
@@ -230,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@user_errors(DatasetError, ModelError)
 def main(argv: list[str] | None = None) -> int:
     """Writes the folder that the flags ask for."""
     args = build_parser().parse_args(argv)

@@ -90,7 +90,10 @@ def read_adapter(path: Path) -> dict[str, Any]:
             "this project"
         )
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in content["lora_config"].items()}
-    return {**content, "lora_config": LoRAConfig(**fields)}
+    try:
+        return {**content, "lora_config": LoRAConfig(**fields)}
+    except TypeError as error:
+        raise AdapterError(f"{path}: expected rank, alpha, dropout, ..., found {error}") from error
 
 
 def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 # One colour a prompt; neighbours differ in hue and in lightness.
 PALETTE = (
-    (230, 60, 60),
     (40, 120, 240),
     (245, 180, 0),
     (160, 60, 210),
@@ -27,6 +26,7 @@ PALETTE = (
     (150, 95, 45),
     (75, 180, 250),
     (0, 130, 100),
+    (230, 60, 60),
 )
 BOX_PROMPT_COLORS = ((235, 30, 30), (0, 200, 60))  # negative, positive
 MASK_OPACITY = 0.4
@@ -41,7 +41,7 @@ QUALITY_KEYS = ("iou", "mask_iou", "box_iou", "ap", "ap50", "cgf1")  # in any ca
 
 def draw_overlay(
     image: np.ndarray,
-    masks: np.ndarray | None,
+    masks: Iterable[np.ndarray] | None,
     boxes_xyxy: np.ndarray,
     labels: Sequence[str],
     colors: Sequence[int],

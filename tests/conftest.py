@@ -1,15 +1,19 @@
 """What the tests share: no network, two threads, the tiny model and the folder of public data."""
 
 import importlib.util
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 # Before any import of transformers, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,4 +48,42 @@ def real_data() -> Path:
     folder = Path(os.environ.get("SAM3_LORA_REAL_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no public data sets at {folder}; set SAM3_LORA_REAL_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_source() -> Callable[..., Path]:
+    """Writes a COCO export to convert: `write_source(folder, count, masks=True) -> folder`."""
+    return _write_source
+
+
+def _write_source(folder: Path, count: int, masks: bool = True) -> Path:
+    """A COCO export of flat images with a red and a blue rectangle; the last image is empty."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(count):
+        photo = np.full((64, 96, 3), 128, np.uint8)
+        images.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 64})
+        for category, colour in ((1, (220, 30, 30)), (2, (30, 30, 220))):
+            if number == count - 1:
+                break
+            x, y = int(rng.integers(0, 96 - 34)), int(rng.integers(0, 64 - 26))
+            photo[y : y + 24, x : x + 32] = colour
+            polygon = [x, y, x + 32, y, x + 32, y + 24, x, y + 24]
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": number,
+                    "category_id": category,
+                    "bbox": [x, y, 32, 24],
+                    "area": 768,
+                    "iscrowd": 0,
+                    "segmentation": [polygon] if masks else [],
+                }
+            )
+        Image.fromarray(photo).save(folder / f"{number}.png")
+    categories = [{"id": 1, "name": "red_part"}, {"id": 2, "name": "blue_part"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "source.json").write_text(json.dumps(content), encoding="utf-8")
     return folder

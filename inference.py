@@ -1,0 +1,445 @@
+r"""Finds and outlines what a text, or boxes drawn on an image, describe.
+
+    python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
+        --image test.jpg --text_prompt "yellow school bus" --output result.png
+    python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
+        --image test.jpg --bboxes '[[100, 150, 400, 350]]' --output result.png
+    python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
+        --image test.jpg --text_prompt "red car" --bboxes '[[100, 150, 400, 350]]' \
+        --output result.png
+
+SAM 3 takes a box as an example: it finds everything like the object in it, all over the image, not
+that object alone. --only_boxed keeps what lies in the boxes.
+
+Writes, for result.png:
+    result.png           the image with its detections, a colour a prompt; your boxes dashed
+    result.json          COCO results with file_name and prompt; category_id 1 is the first prompt
+    result_masks/*.png   with --save_masks: one 0 and 255 image a detection, in the JSON's order
+Prints a line an image: detections of each prompt, the best score (also one below --threshold), the
+overlay's path.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torchvision.transforms.v2 import functional as transforms
+
+from lora_layers import AdapterError
+from sam3_lora import coco, config
+from sam3_lora.checkpoint import set_aside
+from sam3_lora.coco import DatasetError
+from sam3_lora.config import Config, ConfigError
+from sam3_lora.drawing import draw_overlay
+from sam3_lora.evaluation import Detections, detect, join_detections, load_forward
+from sam3_lora.forward import VISUAL_PROMPT, Forward
+from sam3_lora.metrics import coco_results, select_detections
+from sam3_lora.model import ModelError, image_size, num_queries
+
+log = logging.getLogger("inference")
+
+# The share of a detection's box inside a positive box prompt from which --only_boxed keeps it.
+BOXED_SHARE = 0.5
+# Stands in our PNG files: one of another origin is not replaced unless the user named it.
+SOFTWARE = "SAM3-LoRA inference.py"
+# Problems that a message lists.
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What every image is asked: a row for each text; the boxes (pixels as shown) go with all."""
+
+    texts: list[str]
+    boxes_xyxy: list[list[float]]
+    labels: list[int]  # one a box: 1 positive, 0 negative
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: prompts, outputs, and the options of the model and the hardware."""
+    parser = config.FlagParser(description=__doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("--lora_weights", type=Path, metavar="PATH",
+        help="adapter: a file, or a folder with lora_weights.pt (default: the base model alone)")
+    add("--image", type=Path, required=True, metavar="PATH", help="an image, or a folder of images")
+    add("--text_prompt", nargs="+", default=[], metavar="TEXT",
+        help='what to find; several: --text_prompt "red car" bus')
+    add("--bboxes", type=parse_boxes, default=[], metavar="JSON",
+        help="example boxes '[[x1, y1, x2, y2], ...]' in pixels of the image as shown (in cmd.exe "
+        "with double quotes); they go with every text, or alone with the word 'visual'")
+    add("--bbox_labels", type=parse_labels, metavar="JSON",
+        help="'[1, 0, ...]', one a box: 1 find its like, 0 not its like (default: all 1)")
+    add("--only_boxed", action="store_true",
+        help="keep only detections that lie by half their box or more in a positive box; "
+        "without it, all that is like the boxed objects is found")
+    add("--threshold", type=parse_share, default=0.5, metavar="0..1",
+        help="lowest score kept (default: 0.5)")
+    add("--nms_iou", type=parse_share, metavar="0..1",
+        help="drop a detection whose mask has a larger IoU than this with a better one of the same "
+        "prompt (default: keep all)")
+    add("--output", type=Path, default=Path("outputs/inference"), metavar="PATH",
+        help="image file to write, or a folder for one PNG an image (default: outputs/inference)")
+    add("--json", type=Path, metavar="FILE",
+        help="one file for the detections of all images (default: one beside each overlay)")
+    add("--save_masks", action="store_true", help="also write each detection's mask as a PNG")
+    # fmt: on
+    config.add_config_flags(parser, sections=("model", "hardware"))
+    return parser
+
+
+def parse_boxes(text: str) -> list[list[float]]:
+    """The value of --bboxes as boxes_xyxy."""
+    form = "expected '[[x1, y1, x2, y2], ...]' in pixels, found"
+    boxes = _parse_list(text, form)
+    for box in boxes:
+        numbers = isinstance(box, list) and all(type(v) is float and math.isfinite(v) for v in box)
+        if not numbers or len(box) != 4:
+            raise argparse.ArgumentTypeError(f"{form} the box {json.dumps(box)[:60]}")
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise argparse.ArgumentTypeError(
+                f"expected two corners, x1 < x2 and y1 < y2, found the box {_show_box(box)}"
+            )
+    return boxes
+
+
+def parse_labels(text: str) -> list[int]:
+    """The value of --bbox_labels."""
+    form = "expected '[1, 0, ...]', 1 for a positive box and 0 for a negative one, found"
+    labels = _parse_list(text, form)
+    if any(type(label) is not float or label not in (0, 1) for label in labels):
+        raise argparse.ArgumentTypeError(f"{form} {text[:60]!r}")
+    return [int(label) for label in labels]
+
+
+def _parse_list(text: str, form: str) -> list[Any]:
+    """A JSON list that is not empty, its numbers as floats."""
+    try:
+        values = json.loads(text, parse_int=float)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, list) or not values:
+        raise argparse.ArgumentTypeError(f"{form} {text[:60]!r}")
+    return values
+
+
+def parse_share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return value
+
+
+def _show_box(box: Sequence[float]) -> str:
+    """A box for a message."""
+    return "[" + ", ".join(f"{value:g}" for value in box) + "]"
+
+
+def read_prompts(args: argparse.Namespace) -> Prompts:
+    """The prompts of the command line, checked against each other."""
+    texts = list(dict.fromkeys(" ".join(text.split()) for text in args.text_prompt))
+    labels = args.bbox_labels or [1] * len(args.bboxes)
+    if "" in texts:
+        raise ConfigError("--text_prompt: expected words, found an empty text")
+    if len(labels) != len(args.bboxes):
+        raise ConfigError(
+            f"--bbox_labels: expected one for each box of --bboxes ({len(args.bboxes)}), found "
+            f"{len(labels)}"
+        )
+    if not texts and not labels:
+        raise ConfigError(
+            "expected --text_prompt or --bboxes, found neither; say what to find, such as "
+            "--text_prompt \"red car\", or box an example with --bboxes '[[x1, y1, x2, y2]]'"
+        )
+    if not any(labels) and (args.only_boxed or not texts):
+        flag = "--only_boxed" if args.only_boxed else "--bbox_labels"
+        raise ConfigError(f"{flag}: expected a positive box in --bboxes, found none; add one")
+    return Prompts(texts or [VISUAL_PROMPT], args.bboxes, labels)
+
+
+def list_images(path: Path) -> list[Path]:
+    """The image at a path, or those directly in a folder, sorted; hidden files are skipped."""
+    if not path.exists():
+        raise DatasetError(f"--image: expected an image or a folder of images, found no {path}")
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    images = [p for p in files if p.suffix.lower() in coco.IMAGE_SUFFIXES]
+    if not images:
+        kinds = ", ".join(sorted(coco.IMAGE_SUFFIXES))
+        raise DatasetError(f"--image: expected images ({kinds}) in {path}, found none")
+    return images
+
+
+def check_images(images: list[Path], boxes_xyxy: list[list[float]]) -> None:
+    """Raises DatasetError where a header cannot be read or a box does not lie in each image."""
+    problems = []
+    for path in images:
+        try:
+            width, height = coco.image_size(path)
+        except DatasetError as error:
+            problems.append(str(error))
+            continue
+        for box in boxes_xyxy:
+            if min(box) < 0 or box[2] > width or box[3] > height:
+                wanted = f"--bboxes: expected boxes inside {path} ({width} x {height} pixels)"
+                problems.append(f"{wanted}, found {_show_box(box)}")
+    if problems:
+        more = f"; {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise DatasetError("; ".join(problems[:SHOWN]) + more)
+
+
+def plan_overlays(args: argparse.Namespace, images: list[Path]) -> list[Path]:
+    """Each image's overlay; ConfigError where a file that the user did not name would be lost."""
+    output = args.output
+    one_file = output.suffix.lower() in coco.IMAGE_SUFFIXES and not output.is_dir()
+    if one_file and args.image.is_dir():
+        raise ConfigError(f"--output: expected a folder for a folder of images, found {output}")
+    overlays = [output]
+    if not one_file:
+        stems = Counter(path.stem.lower() for path in images)
+        names = [p.stem if stems[p.stem.lower()] == 1 else p.name for p in images]
+        overlays = [output / f"{name}.png" for name in names]
+    jsons = [args.json] if args.json else [path.with_suffix(".json") for path in overlays]
+    targets = Counter(path.resolve() for path in overlays + jsons)
+    inputs = {path.resolve() for path in images}
+    for target in overlays + jsons:
+        named = target in (args.json, output)
+        if target.is_dir() or target.resolve() in inputs or targets[target.resolve()] > 1:
+            problem = "is a folder, an input, or the name of two outputs"
+        elif target.exists() and not named and not is_ours(target):
+            problem = "exists and was not written by this script"
+        else:
+            continue
+        raise ConfigError(f"--output, --json: {target} {problem}; name another place")
+    return overlays
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is an overlay or a JSON of this script."""
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            own = {"image_id", "score", "file_name", "prompt"}
+            return isinstance(rows, list) and all(own <= set(row) for row in rows)
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError):
+        return False
+
+
+def build_forward(args: argparse.Namespace, options: Config) -> Forward:
+    """The model. Base and geometry_cls are those of the flags, else the adapter's, else the
+    config's; what differs from the adapter's is logged."""
+    name, geometry_cls = options.model.name, options.model.geometry_cls
+    if args.lora_weights:
+        given = vars(args)
+        name, geometry_cls = given.get("model_name"), given.get("model_geometry_cls")
+    hardware = options.hardware
+    forward, adapter = load_forward(
+        args.lora_weights, name, geometry_cls, hardware.device, hardware.mixed_precision
+    )
+    asked = {"name": name, "geometry_cls": geometry_cls}
+    for key, own_key in (("name", "base_model"), ("geometry_cls", "geometry_cls")):
+        own, configured = adapter.get(own_key), getattr(options.model, key)
+        if own and asked[key] and asked[key] != own:
+            log.warning("--model_%s is %s, the adapter was trained with %s", key, asked[key], own)
+        elif own and args.config and configured != own:
+            log.warning("model_%s: %s of the adapter, not %s of the config", key, own, configured)
+    used = args.lora_weights or "no adapter"
+    log.info("%s with %s on %s", name or adapter["base_model"], used, forward.device)
+    if adapter.get("categories"):
+        log.info("the adapter's training prompts: %s", ", ".join(adapter["categories"].values()))
+    return forward
+
+
+def make_batch(photo: np.ndarray, prompts: Prompts, side: int) -> dict[str, Any]:
+    """One image (H, W, 3) on a canvas of `side` pixels, and its R rows, as `Forward` takes them."""
+    height, width = photo.shape[:2]
+    count = len(prompts.texts)
+    pixels = torch.from_numpy(photo).permute(2, 0, 1)
+    batch = {
+        # As `PromptDataset` resizes for evaluation.
+        "images": transforms.resize(pixels, [side, side], antialias=True)[None],
+        "texts": prompts.texts,
+        "image_index": torch.zeros(count, dtype=torch.long),
+    }
+    if prompts.labels:
+        corners = torch.tensor(prompts.boxes_xyxy) / torch.tensor([width, height] * 2)  # (N,4)
+        low, high = corners[:, :2], corners[:, 2:]
+        boxes = torch.cat([(low + high) / 2, high - low], dim=1)
+        batch["box_prompts_cxcywh"] = boxes.expand(count, -1, -1)
+        batch["box_prompt_labels"] = torch.tensor(prompts.labels).expand(count, -1)
+    return batch
+
+
+@torch.no_grad()
+def find(
+    forward: Forward, photo: np.ndarray, prompts: Prompts, threshold: float, max_rows: int
+) -> tuple[Detections, float]:
+    """Runs all prompts on one image, with one pass of the vision tower.
+
+    Args:
+        forward: the model.
+        photo: uint8 (H, W, 3).
+        prompts: texts and boxes.
+        threshold: the lowest score kept.
+        max_rows: prompts in one pass of the heads.
+
+    Returns:
+        (detections as `join_detections`, best first; the best score, kept or not).
+    """
+    batch = make_batch(photo, prompts, image_size(forward.model))
+    features = forward.encode(batch)
+    count, size = len(prompts.texts), photo.shape[:2]
+    most = count * num_queries(forward.model)
+    parts, best = [], 0.0
+    for start in range(0, count, max_rows):
+        outputs = forward.predict(features, batch, slice(start, start + max_rows))
+        ids = list(range(start + 1, min(start + max_rows, count) + 1))
+        parts.append(detect(outputs, list(range(len(ids))), ids, size, most, threshold))
+        last = [outputs[name][-1] for name in ("logits", "presence", "boxes_cxcywh")]
+        best = max(best, float(select_detections(*last, ids, size, 1)["score"][0]))
+    return join_detections(parts, most), best
+
+
+def keep_boxed(found: Detections, boxes_xyxy: np.ndarray) -> Detections:
+    """The detections of whose box at least `BOXED_SHARE` lies in one of the given boxes (m, 4)."""
+    own = found["boxes_xyxy"][:, None]  # (n,1,4)
+    low = np.maximum(own[..., :2], boxes_xyxy[:, :2])
+    high = np.minimum(own[..., 2:], boxes_xyxy[:, 2:])
+    shared = (high - low).clip(min=0).prod(axis=-1)  # (n,m)
+    areas = (own[..., 2:] - own[..., :2]).prod(axis=-1)  # (n,1)
+    boxed = (shared > 0) & (shared >= BOXED_SHARE * areas)
+    return take(found, np.flatnonzero(boxed.any(axis=1)))
+
+
+def suppress(found: Detections, limit: float) -> Detections:
+    """The detections whose mask has an IoU of at most `limit` with each better one kept of the
+    same prompt."""
+    kept: list[int] = []
+    for i, prompt in enumerate(found["category_id"]):
+        better = [found["rles"][j] for j in kept if found["category_id"][j] == prompt]
+        if not (coco.mask_iou([found["rles"][i]], better) > limit).any():
+            kept.append(i)
+    return take(found, kept)
+
+
+def take(found: Detections, indices: Sequence[int]) -> Detections:
+    """Some of the detections."""
+    index = np.asarray(indices, dtype=int)
+    chosen = {name: found[name][index] for name in ("category_id", "score", "boxes_xyxy")}
+    return {**chosen, "rles": [found["rles"][i] for i in index]}
+
+
+def write_file(path: Path, save: Callable[[Path], Any]) -> None:
+    """Has `save` write beside the target, and renames that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    """Writes uint8 pixels in the format of the suffix; a PNG says that it is ours."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", SOFTWARE)
+    form = Image.registered_extensions()[path.suffix.lower()]
+    picture = Image.fromarray(pixels)
+    write_file(path, lambda temporary: picture.save(temporary, form, pnginfo=info))
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes COCO results."""
+    text = json.dumps(rows, ensure_ascii=False, allow_nan=False)
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_overlay(path: Path, photo: np.ndarray, found: Detections, prompts: Prompts) -> None:
+    """Draws the detections over the image, a colour a prompt."""
+    colors = [category_id - 1 for category_id in found["category_id"].tolist()]
+    scores = zip(colors, found["score"], strict=True)
+    overlay = draw_overlay(
+        photo,
+        # One mask at a time: all those of a large photo may not fit in memory.
+        (coco.decode_mask(rle, *photo.shape[:2]) for rle in found["rles"]),
+        found["boxes_xyxy"],
+        [f"{prompts.texts[color]} {score:.2f}" for color, score in scores],
+        colors,
+        prompts.boxes_xyxy,
+        prompts.labels,
+    )
+    write_image(path, overlay)
+
+
+def write_masks(folder: Path, found: Detections) -> None:
+    """Writes a 0 and 255 PNG for each detection; an earlier run's folder is renamed first."""
+    if folder.exists() and (moved := set_aside(folder)):
+        log.warning("%s held earlier masks: renamed to %s", folder, moved)
+    for number, rle in enumerate(found["rles"], start=1):
+        mask = coco.decode_mask(rle, *rle["size"])
+        write_image(folder / f"{number:03d}.png", mask.astype(np.uint8) * 255)
+
+
+@config.user_errors(ConfigError, DatasetError, AdapterError, ModelError)
+def main(argv: list[str] | None = None) -> int:
+    """Runs the prompts on the images and writes what is found."""
+    args = build_parser().parse_args(argv)
+    config.setup_logging(None)
+    options = config.config_from_args(args)
+    # 1. All that the user wrote, before a weight is loaded or a file written.
+    prompts = read_prompts(args)
+    images = list_images(args.image)
+    check_images(images, prompts.boxes_xyxy)
+    overlays = plan_overlays(args, images)
+    # 2. The model.
+    forward = build_forward(args, options)
+    # 3. Image by image.
+    positive = [b for b, label in zip(prompts.boxes_xyxy, prompts.labels, strict=True) if label]
+    rows: list[dict[str, Any]] = []
+    for image_id, (path, overlay) in enumerate(zip(images, overlays, strict=True), start=1):
+        photo = coco.read_image(path)
+        max_rows = options.hardware.max_rows_per_forward
+        found, best = find(forward, photo, prompts, args.threshold, max_rows)
+        if args.only_boxed:
+            found = keep_boxed(found, np.array(positive))
+        if args.nms_iou is not None:
+            found = suppress(found, args.nms_iou)
+        write_overlay(overlay, photo, found, prompts)
+        if args.save_masks:
+            write_masks(overlay.with_name(f"{overlay.stem}_masks"), found)
+        own = [
+            {**row, "file_name": path.name, "prompt": prompts.texts[row["category_id"] - 1]}
+            for row in coco_results(image_id, found, found["rles"])
+        ]
+        rows += own
+        if not args.json:
+            write_json(overlay.with_suffix(".json"), own)
+        counts = Counter(row["prompt"] for row in own)
+        found_text = ", ".join(f"{text} {counts[text]}" for text in prompts.texts)
+        print(f"{path.name}: {found_text}, best score {best:.3f}, {overlay}", flush=True)
+    if args.json:
+        write_json(args.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,488 @@
+"""inference.py on the tiny model: prompts, outputs, filters, and what it refuses."""
+
+import contextlib
+import io
+import json
+import pickle
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+import inference
+from lora_layers import LoRAConfig, apply_lora, lora_modules
+from sam3_lora import checkpoint
+from sam3_lora import forward as forward_module
+from sam3_lora.coco import decode_mask, encode_mask, read_image, read_split
+from sam3_lora.config import Config, save_config
+from sam3_lora.dataset import PromptDataset
+from sam3_lora.model import load_model
+
+SIZE = (96, 64)  # width, height
+BOX = "[[10, 8, 50, 40]]"
+EXIF_ORIENTATION = 274
+CONFIG = LoRAConfig(rank=2, alpha=4.0, target_modules=("v_proj",), components=("detr_decoder",))
+
+
+def save_photo(path: Path, seed: int = 0, size: tuple[int, int] = SIZE) -> Path:
+    """A photo of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    return save_photo(tmp_path / "photo.jpg")
+
+
+@pytest.fixture
+def run(tiny_model_dir, tmp_path, capsys):
+    """Runs the script on the tiny model, on the CPU, keeping every detection; returns (exit code,
+    lines of stdout, stderr)."""
+
+    def call(*words, base=True):
+        argv = ["--threshold", "0", "--device", "cpu", *map(str, words)]
+        argv += ["--model_name", str(tiny_model_dir)] if base else []
+        code = inference.main(argv)
+        printed = capsys.readouterr()
+        return code, printed.out.splitlines(), printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model_dir, tmp_path_factory) -> Path:
+    """A folder with `zero.pt`, which changes nothing, and `trained.pt`."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model, _ = load_model(str(tiny_model_dir))
+    apply_lora(model, CONFIG)
+    description = {
+        "base_model": str(tiny_model_dir),
+        "geometry_cls": "hf",
+        "categories": {"car": "car"},
+        "step": 1,
+        "metrics": {},
+    }
+    checkpoint.save_adapter(folder / "zero.pt", model, CONFIG, **description)
+    torch.manual_seed(0)
+    for _, layer in lora_modules(model):
+        layer.lora_B.data = torch.randn_like(layer.lora_B)
+    checkpoint.save_adapter(folder / "trained.pt", model, CONFIG, **description)
+    return folder
+
+
+def read_json(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def scores(path: Path) -> np.ndarray:
+    return np.array([row["score"] for row in read_json(path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "prompts"),
+    [
+        (["--text_prompt", "red car", "bus"], ["red car", "bus"]),
+        (["--bboxes", BOX], ["visual"]),
+        (["--text_prompt", "bus", "--bboxes", BOX, "--bbox_labels", "[0]"], ["bus"]),
+    ],
+    ids=["text", "box", "both"],
+)
+def test_outputs_of_each_kind_of_prompt(run, photo, tmp_path, words, prompts) -> None:
+    output = tmp_path / "new" / "result.png"
+    code, lines, _ = run("--image", photo, "--output", output, "--save_masks", *words)
+    assert code == 0
+    with Image.open(output) as image:
+        assert (image.size, image.mode) == (SIZE, "RGB")
+    rows = read_json(output.with_suffix(".json"))
+    assert {row["prompt"] for row in rows} == set(prompts)
+    for row in rows:
+        assert prompts[row["category_id"] - 1] == row["prompt"]
+        assert (row["image_id"], row["file_name"]) == (1, "photo.jpg")
+    masks = sorted((tmp_path / "new" / "result_masks").iterdir())
+    assert len(masks) == len(rows) > 0
+    for path, row in zip(masks, rows, strict=True):
+        pixels = np.asarray(Image.open(path))
+        assert pixels.shape == SIZE[::-1] and set(np.unique(pixels)) <= {0, 255}
+        assert np.array_equal(pixels > 0, decode_mask(row["segmentation"], *SIZE[::-1]))
+    counts = [f"{p} {sum(row['prompt'] == p for row in rows)}" for p in prompts]
+    best = max(row["score"] for row in rows)
+    assert lines == [f"photo.jpg: {', '.join(counts)}, best score {best:.3f}, {output}"]
+
+
+def test_json_of_a_folder_loads_as_coco_results(run, tmp_path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    save_photo(folder / "b.png", 1)
+    save_photo(folder / "a.jpg")
+    (folder / "._a.jpg").write_bytes(b"junk")
+    (folder / "notes.txt").write_text("no image", encoding="utf-8")
+    target = tmp_path / "all.json"
+    output = tmp_path / "out"
+    code, lines, _ = run(
+        "--image", folder, "--text_prompt", "x", "y", "--json", target, "--output", output
+    )
+    assert code == 0 and [line.split(":")[0] for line in lines] == ["a.jpg", "b.png"]
+    assert {path.name for path in output.iterdir()} == {"a.png", "b.png"}
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": i, "width": SIZE[0], "height": SIZE[1]} for i in (1, 2)],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "x"}, {"id": 2, "name": "y"}],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        results = truth.loadRes(str(target))
+    assert set(results.getCatIds()) == {1, 2}
+    named = {(r["image_id"], r["file_name"]) for r in results.dataset["annotations"]}
+    assert named == {(1, "a.jpg"), (2, "b.png")}
+    annotation = results.dataset["annotations"][0]
+    assert results.annToMask(annotation).shape == SIZE[::-1]
+
+
+def test_images_of_every_kind_give_outputs_of_their_size(run, tmp_path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    picture = Image.open(save_photo(tmp_path / "plain.png"))
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    picture.save(folder / "turned.jpg", exif=exif)
+    picture.convert("L").save(folder / "grey.png")
+    picture.convert("RGBA").save(folder / "alpha.png")
+    deep = np.arange(SIZE[0] * SIZE[1], dtype=np.uint16).reshape(SIZE[::-1])
+    Image.fromarray(deep).save(folder / "deep.png")
+    Image.fromarray(deep).save(folder / "deep.tif")
+    # Inside the turned photo only: a box is in pixels of the image as shown.
+    box = "[[10, 60, 50, 90]]"
+    output = tmp_path / "turned"
+    code, _, err = run("--image", folder / "turned.jpg", "--bboxes", box, "--output", output)
+    assert code == 0, err
+    assert run("--image", folder, "--text_prompt", "x", "--output", tmp_path / "out")[0] == 0
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").glob("*.png")}
+    turned = sizes.pop("turned.png")
+    assert turned == Image.open(output / "turned.png").size == SIZE[::-1]
+    assert set(sizes) == {"grey.png", "alpha.png", "deep.png.png", "deep.tif.png"}
+    assert set(sizes.values()) == {SIZE}
+    for row in read_json(tmp_path / "out" / "turned.json"):
+        assert row["segmentation"]["size"] == list(SIZE)
+
+
+def test_an_adapter_changes_scores_and_a_zero_one_does_not(run, photo, tmp_path, adapters) -> None:
+    def scored(name, *words, base):
+        target = tmp_path / f"{name}.json"
+        words += ("--image", photo, "--text_prompt", "car", "--output", tmp_path / f"{name}.png")
+        code, _, err = run(*words, base=base)
+        assert code == 0, err
+        return scores(target), err
+
+    base, _ = scored("base", "--model_geometry_cls", "hf", base=True)
+    # Base and geometry_cls are the adapter's own.
+    zero, _ = scored("zero", "--lora_weights", adapters / "zero.pt", base=False)
+    trained, err = scored("trained", "--lora_weights", adapters / "trained.pt", base=False)
+    assert np.array_equal(zero, base)
+    assert np.abs(trained - base).max() > 1e-4
+    assert "training prompts: car" in err and "WARNING" not in err
+    folder = tmp_path / "best_model"
+    folder.mkdir()
+    shutil.copyfile(adapters / "trained.pt", folder / "lora_weights.pt")
+    words = ("--lora_weights", folder, "--model_geometry_cls", "meta")
+    other, err = scored("other", *words, base=True)
+    assert "--model_geometry_cls is meta, the adapter was trained with hf" in err
+    assert not np.array_equal(other, trained)
+
+
+def test_a_training_config_is_taken(run, photo, tmp_path, adapters) -> None:
+    config = Config()
+    config = replace(config, training=replace(config.training, batch_size=2))
+    config = replace(config, hardware=replace(config.hardware, max_rows_per_forward=1))
+    save_config(config, tmp_path / "config.yaml")
+    words = ["--image", photo, "--text_prompt", "a", "b", "--output", tmp_path / "r.png"]
+    words += ["--config", tmp_path / "config.yaml", "--lora_weights", adapters / "zero.pt"]
+    code, _, err = run(*words, base=False)
+    assert code == 0
+    assert "model_geometry_cls: hf of the adapter, not meta of the config" in err
+
+
+def test_prompts_share_one_vision_pass(run, photo, tmp_path, monkeypatch) -> None:
+    calls = []
+    encode = forward_module.encode_images
+    monkeypatch.setattr(
+        forward_module, "encode_images", lambda *args: calls.append(args) or encode(*args)
+    )
+    words = ["--image", photo, "--text_prompt", "a", "b", "c", "--bboxes", BOX]
+    run(*words, "--output", tmp_path / "one.png")
+    assert len(calls) == 1
+    run(*words, "--output", tmp_path / "cut.png", "--max_rows_per_forward", 2)
+    assert len(calls) == 2
+    whole, cut = (sorted(scores(tmp_path / f"{name}.json")) for name in ("one", "cut"))
+    assert np.allclose(whole, cut, atol=1e-5)
+
+
+def test_the_canvas_is_that_of_evaluation(tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    path = save_photo(tmp_path / "images" / "a.png")
+    record = {"id": 1, "file_name": "a.png", "width": SIZE[0], "height": SIZE[1]}
+    content = {
+        "images": [record],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "x"}],
+    }
+    (tmp_path / "annotations.json").write_text(json.dumps(content), encoding="utf-8")
+    item = PromptDataset(read_split(tmp_path), 112, 16, train=False)[0, 0]
+    prompts = inference.Prompts(["x", "y"], [[24.0, 16.0, 72.0, 32.0]], [0])
+    batch = inference.make_batch(read_image(path), prompts, 112)
+    assert torch.equal(batch["images"][0], item["image"])
+    expected = torch.tensor([[[0.5, 0.375, 0.5, 0.25]]] * 2)
+    assert torch.allclose(batch["box_prompts_cxcywh"], expected)
+    assert batch["box_prompt_labels"].tolist() == [[0], [0]]
+
+
+def test_threshold_leaves_nothing_but_still_names_the_best_score(run, photo, tmp_path) -> None:
+    output = tmp_path / "r.png"
+    code, lines, _ = run(
+        "--image", photo, "--text_prompt", "x", "--threshold", 1, "--output", output
+    )
+    assert code == 0 and read_json(tmp_path / "r.json") == []
+    assert "x 0, best score 0." in lines[0] and "best score 0.000" not in lines[0]
+    assert np.array_equal(np.asarray(Image.open(output)), read_image(photo))
+
+
+def detections(*rows) -> dict:
+    """Detections (category, score, box) on a 20 x 20 image, each mask its box."""
+    masks = np.zeros((len(rows), 20, 20), dtype=bool)
+    for mask, (_, _, (x1, y1, x2, y2)) in zip(masks, rows, strict=True):
+        mask[y1:y2, x1:x2] = True
+    return {
+        "category_id": np.array([row[0] for row in rows]),
+        "score": np.array([row[1] for row in rows]),
+        "boxes_xyxy": np.array([row[2] for row in rows], dtype=float),
+        "rles": [encode_mask(mask) for mask in masks],
+    }
+
+
+def test_suppress_drops_overlaps_of_the_same_prompt() -> None:
+    found = detections(
+        (1, 0.9, (0, 0, 10, 10)),
+        (2, 0.8, (0, 0, 10, 10)),
+        (1, 0.7, (0, 0, 10, 8)),  # IoU 0.8 with the first
+        (1, 0.6, (5, 0, 15, 10)),  # 1/3
+    )
+    kept = inference.suppress(found, 0.5)
+    assert kept["score"].tolist() == [0.9, 0.8, 0.6]
+    assert kept["rles"] == [found["rles"][i] for i in (0, 1, 3)]
+    assert inference.suppress(found, 0.8)["score"].tolist() == [0.9, 0.8, 0.7, 0.6]
+    assert inference.suppress(found, 0.3)["score"].tolist() == [0.9, 0.8]
+    assert len(inference.suppress(detections(), 0.5)["score"]) == 0
+
+
+def test_only_boxed_keeps_what_lies_in_a_box() -> None:
+    found = detections(
+        (1, 0.9, (2, 2, 6, 6)),  # inside the first
+        (1, 0.8, (6, 0, 14, 10)),  # half in the first
+        (1, 0.7, (7, 0, 15, 10)),  # 3/8 in it
+        (1, 0.6, (0, 0, 20, 20)),  # around it
+        (1, 0.5, (16, 16, 20, 20)),  # the second
+    )
+    boxes = np.array([[0.0, 0, 10, 10], [15, 15, 20, 20]])
+    assert inference.keep_boxed(found, boxes)["score"].tolist() == [0.9, 0.8, 0.5]
+    found["boxes_xyxy"] = np.empty((0, 4))
+    empty = inference.take(found, [])
+    assert len(inference.keep_boxed(empty, boxes)["rles"]) == 0
+
+
+def test_filters_reach_the_outputs(run, photo, tmp_path) -> None:
+    words = ["--image", photo, "--bboxes", "[[0, 0, 96, 64], [0, 0, 5, 5]]"]
+    words += ["--bbox_labels", "[1, 0]", "--output", tmp_path / "r.png"]
+    run(*words)
+    everything = read_json(tmp_path / "r.json")
+    run(*words, "--only_boxed", "--nms_iou", 0)
+    assert 0 < len(read_json(tmp_path / "r.json")) < len(everything)
+    tiny_box = ["--bboxes", "[[0, 0, 1, 1]]", "--only_boxed", "--output", tmp_path / "s.png"]
+    run("--image", photo, *tiny_box)
+    assert read_json(tmp_path / "s.json") == []
+
+
+REFUSED = {
+    "no prompt": ([], "expected --text_prompt or --bboxes, found neither; say what to find"),
+    "empty text": (["--text_prompt", " "], "--text_prompt: expected words"),
+    "not JSON": (["--bboxes", "10 20 30 40"], r"argument --bboxes: expected '\[\[x1"),
+    "no box": (
+        ["--bboxes", "[]"],
+        r"expected '\[\[x1, y1, x2, y2\], ...\]' in pixels, found '\[\]",
+    ),
+    "flat box": (["--bboxes", "[1, 2, 3, 4]"], "found the box 1.0"),
+    "three numbers": (["--bboxes", "[[1, 2, 3]]"], r"found the box \[1.0, 2.0, 3.0\]"),
+    "text in a box": (["--bboxes", '[[1, 2, 3, "4"]]'], "found the box"),
+    "true in a box": (["--bboxes", "[[1, 2, 3, true]]"], "found the box"),
+    "not finite": (["--bboxes", "[[1, 2, 3, NaN]]"], "found the box"),
+    "inverted": (["--bboxes", "[[9, 2, 3, 8]]"], r"x1 < x2 and y1 < y2, found the box \[9, 2, 3"),
+    "beyond": (["--bboxes", "[[9, 2, 97, 8]]"], r"inside .*\(96 x 64 pixels\), found \[9, 2, 97"),
+    "negative": (["--bboxes", "[[-1, 2, 9, 8]]"], r"expected boxes inside .* found \[-1, 2"),
+    "label count": (["--bboxes", BOX, "--bbox_labels", "[1, 0]"], r"each box .*\(1\), found 2"),
+    "labels alone": (["--text_prompt", "x", "--bbox_labels", "[1]"], r"each box .*\(0\), found 1"),
+    "label 2": (["--bboxes", BOX, "--bbox_labels", "[2]"], "1 for a positive box and 0 for"),
+    "negatives alone": (["--bboxes", BOX, "--bbox_labels", "[0]"], "a positive box in --bboxes"),
+    "nothing boxed": (["--text_prompt", "x", "--only_boxed"], "--only_boxed: expected a positive"),
+    "threshold": (["--text_prompt", "x", "--threshold", "50"], "from 0 to 1, found '50'"),
+    "nms word": (["--text_prompt", "x", "--nms_iou", "on"], "from 0 to 1, found 'on'"),
+    "unknown flag": (["--text_promt", "x"], "did you mean --text_prompt"),
+}
+
+
+def refusal(result: tuple, out: Path) -> str:
+    """The error line of a run that exits with 2 and writes nothing."""
+    code, lines, err = result
+    assert code == 2 and lines == [] and not out.exists()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in err
+    return errors[0]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_flags_are_refused(run, photo, tmp_path, case) -> None:
+    words, message = REFUSED[case]
+    out = tmp_path / "out"
+    assert re.search(message, refusal(run("--image", photo, "--output", out, *words), out))
+
+
+def bad_image(kind: str, folder: Path) -> Path:
+    """A path that is not an image or a folder of readable ones."""
+    path = folder / kind
+    if kind == "text.jpg":
+        path.write_text("not an image", encoding="utf-8")
+    elif kind != "missing.jpg":
+        path.mkdir()
+        (path / "notes.txt").write_text("x", encoding="utf-8")
+    if kind == "mixed":
+        save_photo(path / "a.jpg")
+        for i in range(5):
+            (path / f"broken{i}.jpg").write_bytes(b"x")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing.jpg", "expected an image or a folder of images, found no .*missing.jpg"),
+        ("text.jpg", "expected an image that PIL reads, found .*text.jpg"),
+        ("empty", r"expected images \(.bmp, .*\) in .*empty, found none"),
+        ("mixed", "broken0.jpg .*broken1.jpg .*broken2.jpg .*; 2 more"),
+    ],
+)
+def test_bad_images_are_refused_before_any_work(run, tmp_path, kind, message) -> None:
+    out = tmp_path / "out"
+    words = ["--image", bad_image(kind, tmp_path), "--text_prompt", "x", "--output", out]
+    assert re.search(message, refusal(run(*words), out))
+
+
+def test_a_photo_cut_short_leaves_nothing_behind(run, photo, tmp_path) -> None:
+    photo.write_bytes(photo.read_bytes()[:-600])
+    out = tmp_path / "out"
+    error = refusal(run("--image", photo, "--text_prompt", "x", "--output", out), out)
+    assert "expected an image that PIL reads" in error
+
+
+def make_bad_adapter(kind: str, source: Path, path: Path) -> Path:
+    """An adapter file that does not fit the tiny model, or is none."""
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Path("x")))
+    elif kind == "model":
+        torch.save({"weight": torch.zeros(1)}, path)
+    elif kind != "missing":
+        content = torch.load(source, weights_only=True)
+        if kind == "modules":
+            content["lora_config"]["target_modules"] = ["qkv"]
+        elif kind == "layers":
+            content["lora_config"]["components"] = ["detr_encoder"]
+        elif kind == "base":
+            content["base_fingerprint"] = "0" * 16
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "expected an adapter file, found nothing at .*bad.pt"),
+        ("pickle", "expected a file of tensors, .* cannot be read safely"),
+        ("model", "expected an adapter written by train_sam3_lora.py"),
+        ("modules", "target 'qkv' matched no Linear layer"),
+        ("layers", "the adapter does not fit the model: .* missing"),
+        ("base", "expected the base it was trained on, .*; name the right one"),
+    ],
+)
+def test_bad_adapters_are_refused(run, photo, tmp_path, adapters, kind, message) -> None:
+    out = tmp_path / "out"
+    path = make_bad_adapter(kind, adapters / "zero.pt", tmp_path / "bad.pt")
+    words = ["--image", photo, "--text_prompt", "x", "--output", out, "--lora_weights", path]
+    assert re.search(message, refusal(run(*words), out))
+
+
+def test_only_files_that_were_named_or_are_ours_are_replaced(run, photo, tmp_path) -> None:
+    words = ["--image", photo, "--text_prompt", "x"]
+    labels = tmp_path / "photo.json"
+    labels.write_text('{"shapes": []}', encoding="utf-8")
+    before = photo.read_bytes()
+    for output, message in [
+        (tmp_path, "photo.json exists and was not written by this script"),
+        (tmp_path / "photo.png", "photo.json exists and was not written by this script"),
+        (photo, "photo.jpg is a folder, an input, or the name of two outputs"),
+        (tmp_path / "sub" / ".." / "photo.jpg", "an input, or"),
+    ]:
+        code, _, err = run(*words, "--output", output)
+        assert code == 2 and message in err
+    code, _, err = run(*words, "--output", tmp_path / "r.png", "--json", tmp_path / "r.png")
+    assert code == 2 and "the name of two outputs" in err
+    assert photo.read_bytes() == before and labels.read_text(encoding="utf-8") == '{"shapes": []}'
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.jpg", "photo.json"}
+    stranger = save_photo(tmp_path / "photo.png")
+    code, _, err = run(*words, "--output", tmp_path, "--json", tmp_path / "r.json")
+    assert code == 2 and "photo.png exists and was not written" in err
+    assert run(*words, "--output", stranger, "--json", labels)[0] == 0
+    assert isinstance(read_json(labels), list)
+
+
+def test_a_second_run_replaces_its_outputs_and_sets_masks_aside(run, photo, tmp_path) -> None:
+    out = tmp_path / "out"
+    words = ["--image", photo, "--text_prompt", "x", "--output", out, "--save_masks"]
+    assert run(*words)[0] == 0
+    first = len(read_json(out / "photo.json"))
+    code, _, err = run(*words, "--nms_iou", 0)
+    assert code == 0 and "renamed to" in err
+    assert len(list((out / "photo_masks.1").iterdir())) == first
+    count = len(read_json(out / "photo.json"))
+    assert len(list((out / "photo_masks").iterdir())) == count < first
+    assert {path.name for path in out.iterdir()} == {
+        "photo.png",
+        "photo.json",
+        "photo_masks",
+        "photo_masks.1",
+    }
+
+
+def test_a_folder_of_images_needs_a_folder(run, photo, tmp_path) -> None:
+    output = tmp_path / "r.png"
+    code, _, err = run("--image", tmp_path, "--text_prompt", "x", "--output", output)
+    assert code == 2 and "expected a folder for a folder of images" in err
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".bmp", ".tiff"])
+def test_the_overlay_takes_the_format_of_its_suffix(tmp_path, suffix) -> None:
+    inference.write_image(tmp_path / f"r{suffix}", np.zeros((4, 6, 3), dtype=np.uint8))
+    with Image.open(tmp_path / f"r{suffix}") as image:
+        assert image.size == (6, 4) and image.format != "PNG"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_help_says_what_a_box_does(capsys) -> None:
+    assert inference.main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "it finds everything like the object in it" in text
+    assert "--only_boxed keeps what lies in the boxes" in text

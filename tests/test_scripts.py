@@ -1,0 +1,272 @@
+"""The scripts end to end on a tiny model: `main(argv)`, what they write, what they refuse."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate_sam3_lora
+import prepare_data
+import train_sam3_lora
+from sam3_lora import config as config_module
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted({path.name for path in ROOT.glob("*.py")} - {"lora_layers.py"})
+
+
+def convert(source: Path, data: Path, split: str) -> int:
+    return prepare_data.main(
+        ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
+        + ["--output_dir", str(data), "--split", split]
+    )
+
+
+@pytest.fixture(scope="module")
+def data_dir(write_source, tmp_path_factory):
+    root = tmp_path_factory.mktemp("scripts")
+    for split, count in (("train", 5), ("val", 3)):
+        assert convert(write_source(root / f"source_{split}", count), root / "data", split) == 0
+        assert (
+            prepare_data.main(["validate", "--data_dir", str(root / "data"), "--split", split]) == 0
+        )
+    return root / "data"
+
+
+def train_args(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("--config", str(ROOT / "configs" / "minimal_lora_config.yaml")),
+        *("--model_name", str(model), "--train_data_path", str(data / "train")),
+        *("--output_dir", str(output), "--num_workers", "0", "--batch_size", "2"),
+        *("--num_epochs", "1", "--logging_steps", "1", "--prompts_per_image", "3", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model_dir, data_dir, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "run"
+    assert train_sam3_lora.main(train_args(tiny_model_dir, data_dir, output)) == 0
+    return output
+
+
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_what_its_docstring_says(run_dir):
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {
+        *("best_model", "last_model", "checkpoint-3", "config.yaml"),
+        *("log.jsonl", "train.log", "curves.png"),
+    }
+    adapter = torch.load(run_dir / "best_model" / "lora_weights.pt", weights_only=True)
+    assert adapter["categories"] == {"red_part": "red part", "blue_part": "blue part"}
+    assert adapter["lora_config"]["rank"] == 8
+    rows = read_log(run_dir)
+    steps = [row for row in rows if "val" not in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for name in ("loss_bbox", "loss_giou", "loss_ce", "presence_loss", "loss_mask", "loss_dice"):
+        assert all(np.isfinite(row[name]) for row in steps)
+    assert {"train_iou", "lr", "it_per_s", "img_per_s"} <= set(steps[-1])
+    validation = [row["val"] for row in rows if "val" in row]
+    assert len(validation) == 1
+    assert {"loss", "iou", "ap", "ap50", "cgf1", "false_positive_rate"} == set(validation[0])
+    assert "trainable" in (run_dir / "train.log").read_text().splitlines()[0]
+
+
+def test_the_saved_configuration_starts_the_same_run(run_dir, tiny_model_dir, tmp_path):
+    again = tmp_path / "again"
+    args = ["--config", str(run_dir / "config.yaml"), "--output_dir", str(again)]
+    assert train_sam3_lora.main(args) == 0
+    first, second = (
+        torch.load(run / "last_model" / "lora_weights.pt", weights_only=True)["lora"]
+        for run in (run_dir, again)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_evaluation_of_adapter_and_base(run_dir, tiny_model_dir, data_dir, tmp_path, capsys):
+    arguments = ["--data_dir", str(data_dir), "--split", "val", "--num_workers", "0"]
+    weights = run_dir / "best_model" / "lora_weights.pt"
+    assert evaluate_sam3_lora.main(["--lora_weights", str(weights), *arguments]) == 0
+    table = capsys.readouterr().out
+    assert "red part" in table and "IL_MCC" in table
+    metrics = json.loads((weights.parent / "evaluation_val" / "metrics.json").read_text())
+    # The run's last validation saw the same images with the same adapter.
+    logged = [row["val"] for row in read_log(run_dir) if "val" in row][-1]
+    assert metrics["losses"]["iou"] == pytest.approx(logged["iou"], abs=1e-4)
+    assert metrics["segm"]["AP"] == pytest.approx(logged["ap"], abs=1e-6)
+    results = json.loads((weights.parent / "evaluation_val" / "detections.json").read_text())
+    # 16 queries x 2 categories, 3 images, fewer than 100 an image.
+    assert len(results) == 3 * 32
+    base = ["--base", "--model_name", str(tiny_model_dir), "--output_dir", str(tmp_path)]
+    assert evaluate_sam3_lora.main([*base, *arguments]) == 0
+    other = json.loads((tmp_path / "metrics.json").read_text())
+    assert other["losses"]["loss"] != metrics["losses"]["loss"]
+
+
+def test_an_earlier_run_is_set_aside_replaced_or_continued(
+    run_dir, tiny_model_dir, data_dir, tmp_path
+):
+    output = tmp_path / "run"
+    args = train_args(tiny_model_dir, data_dir, output, "--save_steps", "1")
+    assert train_sam3_lora.main([*args, "--max_steps", "2"]) == 0
+    (output / "checkpoint-2").rename(output / "kept")
+    assert train_sam3_lora.main([*args, "--resume"]) == 0
+    full = torch.load(run_dir / "last_model" / "lora_weights.pt", weights_only=True)
+    continued = torch.load(output / "last_model" / "lora_weights.pt", weights_only=True)
+    assert continued["step"] == full["step"] == 3
+    assert [row["step"] for row in read_log(output) if "val" not in row] == [1, 2, 3]
+    assert train_sam3_lora.main([*args, "--max_steps", "1"]) == 0
+    assert (tmp_path / "run.1" / "kept").is_dir()
+    assert not (output / "kept").exists()
+    assert train_sam3_lora.main([*args, "--max_steps", "1", "--overwrite"]) == 0
+    assert not (tmp_path / "run.2").exists()
+
+
+def test_a_run_resumes_with_the_same_losses_and_weights(tiny_model_dir, data_dir, tmp_path):
+    args = ["--config", str(ROOT / "configs" / "minimal_lora_config.yaml")]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for output in (whole, cut):
+        args = train_args(tiny_model_dir, data_dir, output, "--save_steps", "1", "--max_steps", "5")
+        args += ["--num_epochs", "2", "--save_total_limit", "9", "--mask_loss", "points"]
+        assert train_sam3_lora.main(args) == 0
+    for step in (3, 4, 5):
+        for file in (cut / f"checkpoint-{step}").iterdir():
+            file.unlink()
+        (cut / f"checkpoint-{step}").rmdir()
+    assert train_sam3_lora.main([*args, "--resume"]) == 0
+    for name in ("loss", "loss_mask", "grad_norm"):
+        one, two = ([r[name] for r in read_log(run) if "val" not in r] for run in (whole, cut))
+        assert one == two
+    first, second = (
+        torch.load(run / "last_model" / "lora_weights.pt", weights_only=True)["lora"]
+        for run in (whole, cut)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_starting_from_an_adapter(run_dir, tiny_model_dir, data_dir, tmp_path, capsys):
+    weights = run_dir / "last_model" / "lora_weights.pt"
+    args = train_args(tiny_model_dir, data_dir, tmp_path / "new", "--max_steps", "1")
+    args += ["--init_lora_weights", str(weights), "--learning_rate", "1e-12"]
+    assert train_sam3_lora.main(args) == 0
+    before = torch.load(weights, weights_only=True)["lora"]
+    after = torch.load(tmp_path / "new" / "last_model" / "lora_weights.pt", weights_only=True)
+    for name, value in before.items():
+        torch.testing.assert_close(after["lora"][name], value, rtol=0, atol=1e-9)
+    assert train_sam3_lora.main([*args, "--lora_rank", "4"]) == 2
+    assert "expected an adapter of this run's settings" in capsys.readouterr().err
+
+
+def test_boxes_only_data_trains_without_masks(write_source, tiny_model_dir, tmp_path, capsys):
+    source = write_source(tmp_path / "source", 3, masks=False)
+    for split in ("train", "val"):
+        assert convert(source, tmp_path / "data", split) == 0
+    output = tmp_path / "run"
+    assert train_sam3_lora.main(train_args(tiny_model_dir, tmp_path / "data", output)) == 0
+    rows = read_log(output)
+    assert "loss_bbox" in rows[0] and "loss_mask" not in rows[0]
+    assert "no masks" in (capsys.readouterr().err)
+    args = ["--lora_weights", str(output / "best_model"), "--data_dir", str(tmp_path / "data")]
+    assert evaluate_sam3_lora.main([*args, "--num_workers", "0"]) == 0
+    captured = capsys.readouterr()
+    assert "mask AP" not in captured.out and "box metrics only" in captured.err
+
+
+def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
+    """A key that no run reads would be a promise to users that nothing keeps."""
+    read = set()
+
+    def recording(section_class):
+        def get(self, name):
+            if not name.startswith("_"):
+                read.add((section_class.__name__, name))
+            return object.__getattribute__(self, name)
+
+        return get
+
+    sections = {f.name: f.default for f in dataclasses.fields(config_module.Config)}
+    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", "--max_steps", "1")
+    parsed = train_sam3_lora.build_parser().parse_args(args)
+    config = config_module.config_from_args(parsed)
+    monkeypatch.setattr(train_sam3_lora, "config_from_args", lambda _: config)
+    monkeypatch.setattr(train_sam3_lora, "save_config", lambda *_: None)
+    for section in sections.values():
+        monkeypatch.setattr(type(section), "__getattribute__", recording(type(section)))
+    assert train_sam3_lora.main(args) == 0
+    keys = {
+        (type(section).__name__, item.name)
+        for section in sections.values()
+        for item in dataclasses.fields(section)
+    }
+    assert keys - read == set()
+
+
+REFUSED = {
+    "no data": (["--train_data_path", "nowhere"], "nowhere"),
+    "unknown key": (["--learing_rate", "1e-4"], "did you mean --learning_rate"),
+    "bad target": (["--lora_target_modules", "nothing"], "'nothing' matched no Linear layer"),
+    "no component": (["--lora_apply_to_detr_decoder", "false"], "apply_to_"),
+    "no model": (["--model_name", "not/there"], "hf auth login"),
+    "no adapter": (["--init_lora_weights", "missing.pt"], "found nothing at missing.pt"),
+    "no checkpoint": (["--resume"], "expected checkpoint-<step>/"),
+    "no device": (["--device", "cuda:7"], "found no cuda:7"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_and_touches_nothing(
+    case, tiny_model_dir, data_dir, tmp_path, capsys
+):
+    flags, message = REFUSED[case]
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "precious.txt").write_text("kept")
+    assert train_sam3_lora.main([*train_args(tiny_model_dir, data_dir, output), *flags]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and message in lines[0]
+    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+    assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "annotations.json"), ('{"images": []}', "annotations.json")],
+)
+def test_broken_annotations(content, message, tiny_model_dir, tmp_path, capsys):
+    train = tmp_path / "data" / "train"
+    (train / "images").mkdir(parents=True)
+    (train / "annotations.json").write_text(content)
+    args = train_args(tiny_model_dir, tmp_path / "data", tmp_path / "run")
+    assert train_sam3_lora.main(args) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_for_other_modules_is_refused(run_dir, data_dir, tmp_path, capsys):
+    content = torch.load(run_dir / "best_model" / "lora_weights.pt", weights_only=True)
+    content["lora"] = {f"elsewhere.{k}": v for k, v in content["lora"].items()}
+    torch.save(content, tmp_path / "other.pt")
+    args = ["--lora_weights", str(tmp_path / "other.pt"), "--data_dir", str(data_dir)]
+    assert evaluate_sam3_lora.main(args) == 2
+    assert "the adapter does not fit the model" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["other.pt"]
+
+
+def test_neither_adapter_nor_base(data_dir, capsys):
+    assert evaluate_sam3_lora.main(["--data_dir", str(data_dir)]) == 2
+    assert "--base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_weights(script):
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "python " + script in done.stdout

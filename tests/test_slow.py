@@ -1,0 +1,73 @@
+"""Opt-in checks that take minutes: `python -m pytest -m slow`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Sam3Config, Sam3ImageProcessor, Sam3Model, Sam3Processor
+
+import evaluate_sam3_lora
+import prepare_data
+
+ROOT = Path(__file__).resolve().parent.parent
+FOUR_PHOTOS = {153299, 184321, 331352, 403385}
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_every_weight_trainable_overfits_four_photos(real_data, demo_model, tmp_path):
+    """The whole pipeline can learn: four photos of tinycoco, asked for all 80 categories."""
+    source = real_data / "tinycoco"
+    content = json.loads((source / "annotations" / "instances_train2017.json").read_text())
+    content["images"] = [i for i in content["images"] if i["id"] in FOUR_PHOTOS]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in FOUR_PHOTOS]
+    (tmp_path / "four.json").write_text(json.dumps(content))
+    converted = prepare_data.main(
+        ["coco", "--coco_json", str(tmp_path / "four.json"), "--output_dir", str(tmp_path / "data")]
+        + ["--images_dir", str(source / "images" / "train2017"), "--split", "train"]
+    )
+    assert converted == 0
+    folder = demo_model.make_tiny(tmp_path / "model", "tiny112")
+    demo_model.pretrain(folder, tmp_path / "data" / "train", steps=800)
+    evaluated = evaluate_sam3_lora.main(
+        ["--base", "--model_name", str(folder), "--data_dir", str(tmp_path / "data")]
+        + ["--split", "train", "--output_dir", str(tmp_path / "evaluation")]
+    )
+    assert evaluated == 0
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert len(metrics["segm"]["per_category"]) == 80
+    assert metrics["segm"]["AP50"] >= 0.8
+
+
+@pytest.mark.slow
+def test_a_full_size_step_of_the_minimal_preset_fits_20_gb(demo_model, write_source, tmp_path):
+    """The default `Sam3Config`, 840 M random weights, one image with 8 prompts, on the CPU."""
+    model = Sam3Model(Sam3Config())
+    model.save_pretrained(tmp_path / "model")
+    del model
+    processor = Sam3Processor(Sam3ImageProcessor(), demo_model.make_tokenizer())
+    processor.save_pretrained(tmp_path / "model")
+    source = write_source(tmp_path / "source", 2)
+    converted = prepare_data.main(
+        ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
+        + ["--output_dir", str(tmp_path / "data"), "--split", "train"]
+    )
+    assert converted == 0
+    # A process of its own, so that its peak memory is the step's.
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_sam3_lora.py"]
+        + ["--config", ROOT / "configs" / "minimal_lora_config.yaml", "--model_name"]
+        + [tmp_path / "model", "--train_data_path", tmp_path / "data" / "train"]
+        + ["--output_dir", tmp_path / "run", "--batch_size", "1", "--max_steps", "1"]
+        + ["--logging_steps", "1", "--num_workers", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert "516,096 trainable" in done.stderr
+    assert row["memory_gb"] <= 20
+    sys.stdout.write(f"one step: {1 / row['it_per_s']:.0f} s, {row['memory_gb']:.1f} GB\n")
