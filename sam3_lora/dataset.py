@@ -125,9 +125,9 @@ class PromptDataset(Dataset):
                 "`python prepare_data.py validate`"
             )
         place = self._placement(rng)
-        categories = self._choose_categories(record["id"], rng)
+        objects = self._objects(record)
+        categories = self._choose_categories(record["id"], objects, rng)
         texts = [self.split.phrase(c) if c != OUT_OF_DOMAIN else word for c, word in categories]
-        objects = self._objects(record["id"])
         targets = [
             self._target([o for o in objects if o["category_id"] == c], height, width, place)
             for c, _ in categories
@@ -147,13 +147,16 @@ class PromptDataset(Dataset):
         rows = self.split.annotations.values()
         return any(a["segmentation"] for annotations in rows for a in annotations)
 
-    def _objects(self, image_id: int) -> list[dict[str, Any]]:
-        """The image's objects that can be targets: no crowds, no empty boxes."""
-        return [
-            a
-            for a in self.split.annotations[image_id]
-            if not a["iscrowd"] and a["bbox"][2] > 0 and a["bbox"][3] > 0
-        ]
+    def _objects(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """The image's objects that can be targets, cut at its border: no crowds, none empty."""
+        objects = []
+        for entry in self.split.annotations[record["id"]]:
+            x, y, w, h = entry["bbox"]
+            left, top = max(x, 0.0), max(y, 0.0)
+            right, bottom = min(x + w, record["width"]), min(y + h, record["height"])
+            if not entry["iscrowd"] and right > left and bottom > top:
+                objects.append({**entry, "bbox": [left, top, right - left, bottom - top]})
+        return objects
 
     def _placement(self, rng: np.random.Generator) -> tuple[int, int, int, bool]:
         """Side of the resized photo, left and top of it on the canvas (pixels), and flip."""
@@ -167,11 +170,13 @@ class PromptDataset(Dataset):
         left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
         return side, left, top, flip
 
-    def _choose_categories(self, image_id: int, rng: np.random.Generator) -> list[tuple[int, str]]:
+    def _choose_categories(
+        self, image_id: int, objects: list[dict[str, Any]], rng: np.random.Generator
+    ) -> list[tuple[int, str]]:
         """(category id, word) of each prompt; the word counts for out-of-domain prompts only."""
         if not self.train:
             return [(c, "") for c in self.split.categories]
-        present = {o["category_id"] for o in self._objects(image_id)}
+        present = {o["category_id"] for o in objects}
         # A category of which the image shows a crowd alone is neither a target nor absent.
         shown = {a["category_id"] for a in self.split.annotations[image_id]}
         absent = [c for c in self.split.categories if c not in shown]
@@ -216,13 +221,17 @@ class PromptDataset(Dataset):
                 # 0 and 255, so that half coverage rounds as Meta's uint8 resize does.
                 pixels = torch.from_numpy(mask.astype(np.uint8) * 255)[None]
                 masks[i] = _place(pixels, side, left, top, flip, size)[0] > 127
+                if not masks[i].any():
+                    # Smaller than a pixel of the canvas: that pixel, not "nothing is here".
+                    column, row = (boxes[i, :2] * size).long().clamp(max=size - 1)
+                    masks[i, row, column] = True
         return {"boxes_cxcywh": boxes, "masks": masks, "has_mask": has_mask}
 
     def _report_crowded(self, over_queries: str) -> None:
         """Warns of, or refuses, images with more objects of a prompt than the model has queries."""
         crowded = []
         for record in self.split.images:
-            ids = [o["category_id"] for o in self._objects(record["id"])]
+            ids = [o["category_id"] for o in self._objects(record)]
             if ids and max(np.unique(ids, return_counts=True)[1]) > self.num_queries:
                 crowded.append(record["file_name"])
         if not crowded:

@@ -231,7 +231,7 @@ def one_to_many_match(logits: torch.Tensor, boxes_cxcywh: torch.Tensor, targets:
         if len(wanted):
             iou = pairwise_giou(boxes_cxcywh[row].float(), wanted)[0]  # (Q,G)
             score = O2M_ALPHA * logits[row].float().sigmoid()[:, None] + (1 - O2M_ALPHA) * iou
-            floor = torch.quantile(score, 1 - O2M_TOPK / score.shape[0], dim=0)
+            floor = torch.quantile(score, max(0.0, 1 - O2M_TOPK / score.shape[0]), dim=0)
             target_index, query = (
                 ((score > floor) & (score > O2M_THRESHOLD)).t().nonzero(as_tuple=True)
             )
