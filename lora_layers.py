@@ -86,12 +86,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
-        if rank < 1:
-            raise AdapterError(f"lora.rank: expected an integer >= 1, found {rank}")
-        if alpha <= 0:
-            raise AdapterError(f"lora.alpha: expected a number > 0, found {alpha}")
-        if not 0.0 <= dropout < 1.0:
-            raise AdapterError(f"lora.dropout: expected a number in [0, 1), found {dropout}")
+        _check_ranges(rank, alpha, dropout)
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.scaling = alpha / rank
@@ -153,6 +148,16 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}, merged={self.merged}"
 
 
+def _check_ranges(rank: int, alpha: float, dropout: float) -> None:
+    """Raises AdapterError for a setting out of range."""
+    if rank < 1:
+        raise AdapterError(f"lora.rank: expected an integer >= 1, found {rank}")
+    if alpha <= 0:
+        raise AdapterError(f"lora.alpha: expected a number > 0, found {alpha}")
+    if not 0.0 <= dropout < 1.0:
+        raise AdapterError(f"lora.dropout: expected a number in [0, 1), found {dropout}")
+
+
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Freezes the whole model, then puts a `LoRALinear` in place of every Linear that matches.
 
@@ -172,6 +177,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         raise AdapterError(
             "the model is adapted already: expected a base model without LoRA layers"
         )
+    _check_ranges(config.rank, config.alpha, config.dropout)
     matched = match_modules(model, config)
     model.requires_grad_(False)
     for name in matched:
@@ -182,6 +188,14 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     strangers = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert not strangers, f"trainable parameters that are not LoRA's: {strangers}"
     return matched
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Puts the exact base layers back in place of every LoRA layer; undoes `apply_lora`."""
+    for name, module in list(lora_modules(model)):
+        module.unmerge()
+        parent_name, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), leaf, module.base)
 
 
 def match_modules(model: nn.Module, config: LoRAConfig) -> list[str]:

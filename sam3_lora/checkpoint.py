@@ -12,18 +12,25 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import pickle
 import random
 import re
 import shutil
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_layers import AdapterError, LoRAConfig, apply_lora, load_lora_state_dict, lora_state_dict
+from lora_layers import (
+    AdapterError,
+    LoRAConfig,
+    apply_lora,
+    load_lora_state_dict,
+    lora_state_dict,
+    remove_lora,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +38,14 @@ ADAPTER_FILE = "lora_weights.pt"
 STATE_FILE = "training_state.pt"
 FORMAT = "sam3-lora-adapter"
 VERSION = 1
+# What a file must hold to be used at all.
+ENTRIES = {
+    "version": int,
+    "lora_config": dict,
+    "lora": dict,
+    "base_model": str,
+    "base_fingerprint": str,
+}
 # Weights that no two SAM 3 models share and no precision casts: they tell one base from another.
 FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.reference_points.weight")
 
@@ -84,16 +99,32 @@ def read_adapter(path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: expected an adapter written by train_sam3_lora.py, found another .pt file"
         )
+    wrong = [k for k, kind in ENTRIES.items() if not isinstance(content.get(k), kind)]
+    if wrong:
+        raise AdapterError(
+            f"{path}: expected a complete adapter, found no valid {', '.join(wrong)}"
+        )
     if content["version"] > VERSION:
         raise AdapterError(
             f"{path}: expected adapter version <= {VERSION}, found {content['version']}; update "
             "this project"
         )
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in content["lora_config"].items()}
-    try:
-        return {**content, "lora_config": LoRAConfig(**fields)}
-    except TypeError as error:
-        raise AdapterError(f"{path}: expected rank, alpha, dropout, ..., found {error}") from error
+    known = {field.name: type(field.default) for field in dataclass_fields(LoRAConfig)}
+    odd = [k for k in known.keys() | fields.keys() if type(fields.get(k)) is not known.get(k)]
+    if odd:
+        raise AdapterError(f"{path}: lora_config: expected {known}, found other {', '.join(odd)}")
+    odd = [k for k, v in content["lora"].items() if not _is_finite_tensor(v)]
+    if odd:
+        raise AdapterError(
+            f"{path}: expected finite tensors, found {odd[0]} and {len(odd) - 1} more"
+        )
+    return {**content, "lora_config": LoRAConfig(**fields)}
+
+
+def _is_finite_tensor(value: Any) -> bool:
+    """Whether a value can be a weight."""
+    return isinstance(value, torch.Tensor) and bool(value.isfinite().all())
 
 
 def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
@@ -112,7 +143,11 @@ def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
     content = read_adapter(path)
     check_base(content, model, path)
     apply_lora(model, content["lora_config"])
-    load_lora_state_dict(model, content["lora"])
+    try:
+        load_lora_state_dict(model, content["lora"])
+    except AdapterError:
+        remove_lora(model)
+        raise
     return content
 
 
@@ -142,12 +177,16 @@ def save_checkpoint(
         The checkpoint's folder.
     """
     folder = run_dir / f"checkpoint-{step}"
+    content = {**state, "step": step, "rng": _rng_state()}
+    # Saved again at the same step only the state differs (an evaluation may have come between).
+    if folder.exists():
+        _write(content, folder / STATE_FILE)
+        return folder
     scratch = run_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     save_adapter(scratch / ADAPTER_FILE, **adapter)
-    _write({**state, "step": step, "rng": _rng_state()}, scratch / STATE_FILE)
-    shutil.rmtree(folder, ignore_errors=True)
+    _write(content, scratch / STATE_FILE)
     os.replace(scratch, folder)
     return folder
 
@@ -237,7 +276,7 @@ def _read(path: Path) -> Any:
         raise AdapterError(f"expected an adapter file, found nothing at {path}; name another")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # any bytes may be in the file; torch raises as many kinds
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error)
         raise AdapterError(
             f"{path}: expected a file of tensors, numbers and strings, found one that cannot be "
