@@ -1,4 +1,4 @@
-"""What the tests share: no network, two threads, the tiny model and the folder of public data."""
+"""What the tests share: no network, one thread, the tiny model and the folder of public data."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
