@@ -2,7 +2,7 @@
 # Sets up .venv from the requirements and runs the checks.
 #
 #   ./quickstart.sh setup     make .venv and install into it
-#   ./quickstart.sh test      setup, then ruff and the unit tests (CPU, offline)
+#   ./quickstart.sh test      setup, then ruff, the unit tests and the scripts' tests (CPU, offline)
 #
 # PYTHON names the interpreter that .venv is made with (default: python3).
 set -euo pipefail
@@ -37,7 +37,9 @@ setup() {
 
 run_tests() {
     .venv/bin/python -m ruff check .
-    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} .venv/bin/python -m pytest -q
+    export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    .venv/bin/python -m pytest -q -m "not (scripts or slow or gpu or weights)"
+    .venv/bin/python -m pytest -q -m scripts
 }
 
 case "${1:-}" in

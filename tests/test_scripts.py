@@ -15,6 +15,8 @@ import prepare_data
 import train_sam3_lora
 from sam3_lora import config as config_module
 
+pytestmark = pytest.mark.scripts
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted({path.name for path in ROOT.glob("*.py")} - {"lora_layers.py"})
 

@@ -43,7 +43,7 @@ def test_every_weight_trainable_overfits_four_photos(real_data, demo_model, tmp_
 
 @pytest.mark.slow
 def test_a_full_size_step_of_the_minimal_preset_fits_20_gb(demo_model, write_source, tmp_path):
-    """The default `Sam3Config`, 840 M random weights, one image with 8 prompts, on the CPU."""
+    """The default `Sam3Config`, 840 M random weights, one image with 3 prompts, on the CPU."""
     model = Sam3Model(Sam3Config())
     model.save_pretrained(tmp_path / "model")
     del model
