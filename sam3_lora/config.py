@@ -97,7 +97,7 @@ class TrainingSection:
     init_lora_weights: Path | None = _key(None, "adapter to start from; null: a fresh one")
     eval_steps: int = _key(500, "steps between two evaluations", low=1)
     save_steps: int = _key(1000, "steps between two checkpoints", low=1)
-    save_total_limit: int = _key(3, "checkpoints kept", low=1)
+    save_total_limit: int = _key(3, "best checkpoints kept, beside the newest", low=1)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class OutputSection:
 class EvaluationSection:
     best_metric: str = _key("ap", "figure that chooses best_model", choices=_METRICS)
     max_val_images: int | None = _key(None, "first images evaluated in training; null: all", low=1)
-    score_threshold: float = _key(0.5, "lowest score of a detection kept", low=0, high=1)
+    score_threshold: float = _key(0.5, "score that counts as found, but for AP", low=0, high=1)
     max_detections: int = _key(100, "most detections an image, over all its prompts", low=1)
 
 
@@ -121,7 +121,7 @@ class HardwareSection:
     device: str = _key("auto", "auto, cpu, mps, cuda or cuda:N", pattern=_DEVICES)
     mixed_precision: str = _key("auto", "arithmetic of the forward pass", choices=_PRECISIONS)
     num_workers: int = _key(2, "processes that load images; 0: none", low=0)
-    max_rows_per_forward: int = _key(32, "most image x prompt pairs in one forward", low=1)
+    max_rows_per_forward: int = _key(8, "most image x prompt pairs in one forward", low=1)
 
 
 @dataclass(frozen=True)
@@ -390,18 +390,23 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"error: {_one_line(message)} (see {self.prog} --help)\n")
 
 
-def add_config_flags(parser: argparse.ArgumentParser, sections: Iterable[str] = SECTIONS) -> None:
+def add_config_flags(
+    parser: argparse.ArgumentParser,
+    sections: Iterable[str] = SECTIONS,
+    without: Iterable[str] = (),
+) -> None:
     """Adds `--config` and one flag for each key of `sections`.
 
     Args:
         parser: The script's parser.
         sections: The sections whose keys the script reads.
+        without: Flags of theirs, without dashes, that it does not read.
     """
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of options")
     groups = {section: parser.add_argument_group(f"{section} options") for section in sections}
     arity = {bool: {"nargs": "?", "const": "true"}, tuple: {"nargs": "+"}}
     for flag, key in _KEYS.items():
-        if key.section in groups:
+        if key.section in groups and flag not in without:
             default = _as_text(key.default) or "null"
             default = " ".join(default) if isinstance(default, list) else default
             groups[key.section].add_argument(
