@@ -40,8 +40,6 @@ Criterion = Callable[[dict[str, torch.Tensor], list, dict[str, int]], Losses]
 # count(targets) -> what the criterion's means are taken over
 Count = Callable[[list], dict[str, int]]
 
-SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
-
 
 class LossError(ValueError):
     """A loss or gradient that is NaN or infinite; the message names step, images and terms."""

@@ -20,6 +20,7 @@ import math
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from torch.utils.checkpoint import checkpoint
 
 # Weight of each term in the total (roboflow_v100_full_ft_100_images.yaml).
 WEIGHTS = {
@@ -43,7 +44,8 @@ TARGET_ALPHA, TARGET_MIN = 0.25, 0.01
 O2M_ALPHA, O2M_THRESHOLD, O2M_TOPK = 0.3, 0.4, 4
 # Point sampling of masks (PointRend): points, oversampling, share taken where masks are uncertain.
 MASK_POINTS, POINT_OVERSAMPLE, POINT_IMPORTANCE = 12_544, 3, 0.75
-MASK_LOSSES = ("full", "native", "points")
+# Masks compared at once: bounds memory, 16 at 1008 pixels take 0.6 GB.
+MASKS_AT_ONCE = 16
 
 # A matching: rows (M,), queries (M,) and targets (M,), the last an index into all rows' targets.
 Match = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -112,12 +114,12 @@ def compute_losses(
                     outputs, branch, layer, objects, match, keep, counts, pos_weight
                 )
                 losses |= {term + name: value for term, value in terms.items()}
-            if branch + "mask_embed" in outputs and counts["masked_targets"]:
+            if branch + "mask_embed" in outputs:
                 terms = _mask_terms(
                     outputs, branch, targets, layer_matches[last], counts, mask_loss
                 )
                 losses |= {k + "_o2m" * bool(branch): value for k, value in terms.items()}
-        if "semantic" in outputs and counts["semantic_rows"]:
+        if "semantic" in outputs:
             losses |= _semantic(outputs["semantic"].float(), targets, counts)
         losses["loss"] = total_loss(losses, counts)
         if "iou" not in losses:
@@ -304,14 +306,15 @@ def _classification(
     """
     rows, queries, index = match
     p = logits.sigmoid()
-    loss = p**FOCAL_GAMMA * F.softplus(logits)  # unmatched: p^2 BCE(x, 0)
-    iou = _giou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0].detach()
-    target = p[rows, queries].detach() ** TARGET_ALPHA * iou ** (1 - TARGET_ALPHA)
-    target = target.clamp(min=TARGET_MIN)
-    matched = pos_weight * F.binary_cross_entropy_with_logits(
-        logits[rows, queries], target, reduction="none"
+    iou = _giou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0]
+    goal = p[rows, queries] ** TARGET_ALPHA * iou ** (1 - TARGET_ALPHA)
+    # One goal a query, also where one query serves two objects of the one-to-many branch.
+    target = torch.zeros_like(logits).index_put(
+        (rows, queries), goal.detach().clamp(min=TARGET_MIN)
     )
-    loss = loss.index_put((rows, queries), matched)
+    matched = pos_weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    unmatched = p**FOCAL_GAMMA * F.softplus(logits)  # p^2 BCE(x, 0)
+    loss = torch.where(target > 0, matched, unmatched)
     return (loss * keep[:, None]).sum() / (max(counts["rows"], 1) * logits.shape[1])
 
 
@@ -332,29 +335,39 @@ def _mask_terms(
     """Focal and dice loss of the matched masks, summed over the step's number of targets."""
     rows, queries, index = match
     embed, pixels = outputs[branch + "mask_embed"], outputs["pixel_embed"]
-    number = max(counts["targets"], 1)
     # A zero with a gradient: rows without an object still reach every adapter.
-    focal = dice = 0.0 * (embed.sum() + pixels[..., 0, 0].float().sum())
-    iou = torch.zeros((), device=embed.device)
+    zero = 0.0 * (embed.sum() + pixels[..., 0, 0].float().sum())
+    sums = torch.stack([zero, zero, zero.detach()])
     offset = 0
     for row, target in enumerate(targets):
         here = (rows == row).nonzero(as_tuple=True)[0]
         local = index[here] - offset
         offset += len(target["has_mask"])
-        here = here[target["has_mask"][local]]
-        local = local[target["has_mask"][local]]
-        if not len(here):
-            continue
-        query = embed[row, queries[here]].to(pixels.dtype)
-        logits = torch.einsum("mc,chw->mhw", query, pixels[row]).float()
-        wanted = target["masks"][local]
-        resized, goal = _same_size(logits, wanted, mask_loss)
-        focal = focal + sigmoid_focal(resized, goal, FOCAL_ALPHA).mean(-1).sum() / number
-        dice = dice + dice_loss(resized, goal).sum() / number
-        if not branch:
-            iou = iou + _mask_iou(logits.detach(), wanted).sum() / counts["masked_targets"]
+        kept = target["has_mask"][local]
+        here, local = here[kept], local[kept]
+        for part in range(0, len(here), MASKS_AT_ONCE):
+            group = slice(part, part + MASKS_AT_ONCE)
+            query, masks = embed[row, queries[here[group]]], target["masks"][local[group]]
+            # Recomputed in the backward pass: a mask at 1008 pixels would keep 37 MB until then.
+            sums = sums + checkpoint(
+                _mask_sums, query, pixels[row], masks, mask_loss, use_reentrant=False
+            )
+    focal, dice, iou = sums / max(counts["targets"], 1)
     terms = {"loss_mask": focal, "loss_dice": dice}
-    return terms if branch else {**terms, "iou": iou}
+    if not branch and counts["masked_targets"]:
+        terms["iou"] = iou.detach() * counts["targets"] / counts["masked_targets"]
+    return terms
+
+
+def _mask_sums(
+    query: torch.Tensor, pixels: torch.Tensor, masks: torch.Tensor, mask_loss: str
+) -> torch.Tensor:
+    """Sums (3,) of focal loss, dice loss and IoU of queries (m,C) with masks (m,S,S)."""
+    logits = torch.einsum("mc,chw->mhw", query.to(pixels.dtype), pixels).float()
+    resized, goal = _same_size(logits, masks, mask_loss)
+    focal = sigmoid_focal(resized, goal, FOCAL_ALPHA).mean(-1).sum()
+    iou = _mask_iou(logits.detach(), masks).sum()
+    return torch.stack([focal, dice_loss(resized, goal).sum(), iou])
 
 
 def _same_size(

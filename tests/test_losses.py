@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss as library_focal
 
 from sam3_lora.losses import (
-    MASK_LOSSES,
     compute_losses,
     count_targets,
     hungarian_match,
@@ -248,9 +247,12 @@ def test_rows_without_masks_drop_mask_and_semantic_terms_only():
     outputs = random_outputs(2, targets=with_masks)
     expected = compute_losses(outputs, with_masks, count_targets(with_masks))
     found = compute_losses(outputs, without, count_targets(without))
-    assert expected.keys() - found.keys() == MASK_TERMS | SEMANTIC_TERMS
-    for name in found.keys() - {"loss", "iou"}:
+    assert expected.keys() == found.keys()
+    for name in found.keys() - {"loss", "iou"} - MASK_TERMS - SEMANTIC_TERMS:
         assert torch.equal(found[name], expected[name]), name
+    # Zeros, but with a gradient: a step of such rows alone still reaches a mask adapter.
+    for name in MASK_TERMS | SEMANTIC_TERMS:
+        assert float(found[name].detach()) == 0 and found[name].requires_grad, name
     weights = {"loss_mask": 200, "loss_dice": 10, "loss_semantic_seg": 20, "loss_semantic_dice": 30}
     dropped = sum(
         (2 if k.endswith("_o2m") else 1) * weights[k.removesuffix("_o2m")] * float(expected[k])
@@ -352,7 +354,10 @@ def test_the_three_places_of_mask_losses_agree_in_size():
     outputs = blob_outputs(targets, SIDE)
     torch.manual_seed(0)
     counts = count_targets(targets)
-    found = {m: compute_losses(outputs, targets, counts, mask_loss=m) for m in MASK_LOSSES}
+    found = {
+        m: compute_losses(outputs, targets, counts, mask_loss=m)
+        for m in ("full", "native", "points")
+    }
     for mask_loss in ("native", "points"):
         for name in ("loss_mask", "loss_dice"):
             ratio = float(found[mask_loss][name]) / float(found["full"][name])
@@ -453,3 +458,27 @@ def test_iou_is_that_of_the_matched_boxes_without_masks():
     iou = pairwise_giou(outputs["boxes_cxcywh"][-1, rows, queries], wanted)[0].diagonal().mean()
     assert float(losses["iou"]) == pytest.approx(float(iou), rel=1e-5)
     assert float(iou) > 0.5
+
+
+def test_a_query_of_two_objects_has_one_goal():
+    """The one-to-many branch may match a query twice: value and gradient are those of one goal."""
+    box = torch.tensor([[0.5, 0.5, 0.4, 0.4]])
+    outputs = {
+        "logits": torch.full((1, 1, 8), -3.0),
+        "boxes_cxcywh": torch.full((1, 1, 8, 4), 0.2),
+        "presence": torch.zeros(1, 1),
+        "o2m_boxes_cxcywh": torch.full((1, 1, 8, 4), 0.1),
+    }
+    outputs["o2m_boxes_cxcywh"][0, 0, 3] = box
+    values, gradients = [], []
+    for count in (1, 2):
+        o2m = torch.full((1, 1, 8), -3.0, requires_grad=True)
+        target = {"boxes_cxcywh": box.repeat(count, 1), "has_mask": torch.zeros(count).bool()}
+        target["masks"] = torch.zeros(0, 4, 4).bool()
+        losses = compute_losses({**outputs, "o2m_logits": o2m}, [target], count_targets([target]))
+        (gradient,) = torch.autograd.grad(losses["loss_ce_o2m"], o2m)
+        values.append(losses["loss_ce_o2m"].detach())
+        gradients.append(gradient)
+    assert float(gradients[0][0, 0, 3]) < 0
+    torch.testing.assert_close(values[1], values[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
