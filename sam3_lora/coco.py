@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from sam3_lora.faults import (
     kept_categories,
     load_json,
     mask_problem,
+    phrase_of,
     positions_by_id,
     record_faults,
     segmentation_of,
@@ -90,8 +92,7 @@ class CocoSplit:
 
     def phrase(self, category_id: int) -> str:
         """Returns a category's prompt: its `prompts` entry, or its name with _ and - as spaces."""
-        name = self.categories[category_id]
-        return _folded(self.prompts.get(name) or name.replace("_", " ").replace("-", " "))
+        return phrase_of(self.categories[category_id], self.prompts)
 
 
 def split_dir(data_dir: Path, split: str) -> Path:
@@ -230,11 +231,6 @@ def _numbers(rows: list[dict]) -> list[int]:
     return keys if keep else list(range(1, len(rows) + 1))
 
 
-def _folded(text: str) -> str:
-    """A text with its white space folded to single spaces."""
-    return " ".join(text.split())
-
-
 def to_rle(segmentation: list | dict, height: int, width: int) -> dict[str, Any]:
     """Returns polygons or an RLE as a compressed RLE, the union of several parts.
 
@@ -320,6 +316,35 @@ def _to_rgb(image: Image.Image, is_uint16: bool) -> np.ndarray:
             image = image.convert("RGBA")
         return np.array(image.convert("RGB"))
     return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def check_images(split: CocoSplit) -> None:
+    """Looks at every image's header, so that a fault shows before a run and not in its middle.
+
+    Args:
+        split: As read.
+
+    Raises:
+        DatasetError: Images are missing, are no images, or have another size than the file says.
+    """
+
+    def fault(record: dict[str, Any]) -> str | None:
+        path = split.image_path(record)
+        try:
+            width, height = image_size(path)
+        except (DatasetError, OSError) as error:
+            return str(error)
+        if (width, height) == (record["width"], record["height"]):
+            return None
+        size = f"{record['width']}x{record['height']}"
+        return f"{path} (image id {record['id']}) has {width}x{height} pixels, expected {size}"
+
+    with ThreadPoolExecutor() as pool:
+        faults = [found for found in pool.map(fault, split.images) if found]
+    if faults:
+        more = f"; and {len(faults) - 1} more images" if len(faults) > 1 else ""
+        message = f"{split.annotations_file}: {faults[0]}{more}"
+        raise DatasetError(f"{message}; `python prepare_data.py validate` lists them all")
 
 
 def write_split(

@@ -9,12 +9,17 @@ ones and for words from outside the data set; evaluation asks every image for ev
 Every random choice of an item comes from (seed, epoch, index), so the same step sees the same data
 whatever the number of workers, and a run can go on where it stopped.
 
+    worker:  items -> packed (numpy, masks as bits) --pipe--> unpacked -> batch    :training process
+
+A tensor that crosses a worker's border takes a file descriptor and shared memory; numpy takes none.
+
 Source: the fine-tuning transforms of facebookresearch/sam3 @99d02f2 (roboflow_v100 configuration).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -94,6 +99,8 @@ class PromptDataset(Dataset):
             w for w in OUT_OF_DOMAIN_WORDS if not any(w in p or p in w for p in phrases if p)
         ]
         self._report_crowded(over_queries)
+        if train:
+            self._report_same_prompts()
 
     def __len__(self) -> int:
         """Number of images."""
@@ -108,7 +115,8 @@ class PromptDataset(Dataset):
         Returns:
             `image` (3,S,S) uint8, `image_id`, `original_size` (H, W), and lists with one entry a
             prompt: `texts`, `category_ids`, `targets` of `boxes_cxcywh` (G,4) in 0 to 1 of the
-            canvas, `masks` (G,S,S) bool, `has_mask` (G,) bool.
+            canvas, `has_mask` (G,) bool, `masks` (G,S,S) bool, empty for an object without one;
+            (0,S,S) where no object has one.
 
         Raises:
             DatasetError: the image file is missing or cannot be read.
@@ -134,13 +142,23 @@ class PromptDataset(Dataset):
         ]
         image = torch.from_numpy(photo).permute(2, 0, 1)
         return {
-            "image": _place(image, *place, self.image_size),
+            "image": place_on_canvas(image, self.image_size, *place),
             "image_id": record["id"],
             "original_size": (height, width),
             "texts": texts,
             "category_ids": [c for c, _ in categories],
             "targets": targets,
         }
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Item] | DatasetError:
+        """A batch's items, packed, or what is wrong with them; torch's loaders call this.
+
+        The error is handed over, not raised: a loader would wrap it in the worker's traceback.
+        """
+        try:
+            return [_pack(self[key]) for key in keys]
+        except DatasetError as error:
+            return error
 
     def has_masks(self) -> bool:
         """Whether any object of the split has a mask."""
@@ -202,8 +220,9 @@ class PromptDataset(Dataset):
         side, left, top, flip = place
         size = self.image_size
         boxes = torch.zeros(len(objects), 4)
-        masks = torch.zeros(len(objects), size, size, dtype=torch.bool)
         has_mask = torch.tensor([bool(o["segmentation"]) for o in objects], dtype=torch.bool)
+        count = len(objects) if has_mask.any() else 0
+        masks = torch.zeros(count, size, size, dtype=torch.bool)
         for i, entry in enumerate(objects):
             x, y, w, h = entry["bbox"]
             centre_x = (x + w / 2) / width
@@ -220,7 +239,7 @@ class PromptDataset(Dataset):
                 mask = decode_mask(entry["segmentation"], height, width)
                 # 0 and 255, so that half coverage rounds as Meta's uint8 resize does.
                 pixels = torch.from_numpy(mask.astype(np.uint8) * 255)[None]
-                masks[i] = _place(pixels, side, left, top, flip, size)[0] > 127
+                masks[i] = place_on_canvas(pixels, size, *place)[0] > 127
                 if not masks[i].any():
                     # Smaller than a pixel of the canvas: that pixel, not "nothing is here".
                     column, row = (boxes[i, :2] * size).long().clamp(max=size - 1)
@@ -245,11 +264,46 @@ class PromptDataset(Dataset):
             raise DatasetError(f"{found}; cut them into tiles or set --over_queries cap")
         log.warning("%s: only the largest %d are used", found, self.num_queries)
 
+    def _report_same_prompts(self) -> None:
+        """Warns of categories with one prompt: an image may hold it as present and as absent."""
+        names: dict[str, list[str]] = {}
+        for category_id, name in self.split.categories.items():
+            names.setdefault(self.split.phrase(category_id).lower(), []).append(name)
+        same = [
+            f"{' and '.join(map(repr, group))} as {phrase!r}"
+            for phrase, group in names.items()
+            if len(group) > 1
+        ]
+        if same:
+            log.warning(
+                "categories with one prompt contradict each other in training (%s): merge them, or "
+                "give each a prompt of its own with `python prepare_data.py coco --prompts`",
+                "; ".join(same),
+            )
 
-def _place(
-    pixels: torch.Tensor, side: int, left: int, top: int, flip: bool, size: int
+
+def place_on_canvas(
+    pixels: torch.Tensor,
+    size: int,
+    side: int | None = None,
+    left: int = 0,
+    top: int = 0,
+    flip: bool = False,
 ) -> torch.Tensor:
-    """Resizes (c,H,W) uint8 to a square and sets it on a canvas (c,size,size) of zeros."""
+    """Resizes an image to a square and sets it on a canvas of zeros.
+
+    Args:
+        pixels: (c,H,W) uint8.
+        size: S, side of the canvas, pixels.
+        side: of the resized image, pixels, at most S; None fills the canvas, as evaluation does.
+        left: of the resized image on the canvas, pixels.
+        top: likewise.
+        flip: mirror the image left to right.
+
+    Returns:
+        (c,S,S) uint8.
+    """
+    side = side or size
     square = transforms.resize(pixels, [side, side], antialias=True)
     if flip:
         square = square.flip(-1)
@@ -304,19 +358,72 @@ def epoch_batches(
     return [keys[i : i + batch_size] for i in range(0, count, batch_size)]
 
 
+def _pack(item: Item) -> Item:
+    """An item with numpy arrays for tensors and eight pixels of a mask in a byte."""
+    targets = [{name: value.numpy() for name, value in t.items()} for t in item["targets"]]
+    for target in targets:
+        target["masks"] = np.packbits(target["masks"], axis=-1)  # (G,S,ceil(S/8))
+    return item | {"image": item["image"].numpy(), "targets": targets}
+
+
+def _unpack(item: Item) -> Item:
+    """The item that `_pack` took."""
+    size = item["image"].shape[-1]
+    targets = []
+    for packed in item["targets"]:
+        masks = np.unpackbits(packed["masks"], axis=-1, count=size).view(bool)
+        arrays = packed | {"masks": masks}
+        targets.append({name: torch.from_numpy(value) for name, value in arrays.items()})
+    return item | {"image": torch.from_numpy(item["image"]), "targets": targets}
+
+
+def _as_it_is(packed: Any) -> Any:
+    """Keeps the loader from turning arrays into tensors."""
+    return packed
+
+
+class Batches:
+    """Iterable over the batches of a loader of packed items; `len` is their number."""
+
+    def __init__(self, loader: DataLoader, pin: bool) -> None:
+        self.loader = loader
+        self.pin = pin
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields batches as from `collate_fn`; raises DatasetError as `PromptDataset` does."""
+        for packed in self.loader:
+            if isinstance(packed, DatasetError):
+                raise packed
+            batch = collate_fn([_unpack(item) for item in packed])
+            if self.pin:
+                batch["images"] = batch["images"].pin_memory()
+            yield batch
+
+
 def build_loader(
     dataset: PromptDataset,
     batches: list[list[tuple[int, int]]],
     num_workers: int,
     pin: bool = False,
-) -> DataLoader:
-    """A loader over chosen batches; `pin` speeds copies to a GPU."""
-    return DataLoader(
+) -> Batches:
+    """Batches as from `collate_fn`, in the order given, read ahead by workers.
+
+    Args:
+        dataset: of the images.
+        batches: the keys of each batch, from `epoch_batches`.
+        num_workers: processes that read; with 0 this one does. The batches are the same.
+        pin: put the images in page-locked memory, which speeds copies to a GPU.
+    """
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate_fn,
+        collate_fn=_as_it_is,
         num_workers=num_workers,
-        pin_memory=pin,
         # Of its own: a draw from the global one would change dropout after a resume.
         generator=torch.Generator().manual_seed(0),
     )
+    return Batches(loader, pin)

@@ -161,22 +161,28 @@ def _category_faults(payload: dict, file: Path) -> Iterator[Fault]:
         message = "expected at least one category, found none"
         yield _fatal("no category", message, file, None, 'fill "categories" with id and name')
     yield from _id_faults(payload["categories"], "category", file)
-    seen: set[str] = set()
+    prompts = payload.get("prompts") or {}
+    try:
+        names = [str(row.get("name")) for row in payload["categories"]]
+        check_prompts(prompts, names)
+    except DatasetError as error:
+        prompts = {}
+        yield _fatal("prompts", str(error), file, None, 'correct "prompts" in the file')
+    first_named: dict[str, str] = {}
     for row in kept_categories(payload):
         name, where = row.get("name"), (file, f"category {row.get('id')}")
         if not isinstance(name, str) or not name.strip():
             message = f"expected a category name, found {name!r}"
             yield _fatal("missing key", message, *where, "name it: the name is the prompt")
-        elif name in seen:
-            message = f"a second category is named {name!r}"
-            remedy = "both are the same prompt with other objects: merge them or rename one"
-            yield Fault("warning", "duplicate name", message, *where, remedy)
-        seen.add(str(name))
-    try:
-        names = [str(row.get("name")) for row in payload["categories"]]
-        check_prompts(payload.get("prompts") or {}, names)
-    except DatasetError as error:
-        yield _fatal("prompts", str(error), file, None, 'correct "prompts" in the file')
+            continue
+        phrase = phrase_of(name, prompts).lower()  # the tokenizer lower-cases
+        if phrase in first_named:
+            found = f"found {phrase!r} for {first_named[phrase]!r} and for {name!r}"
+            message = f"expected a prompt of its own for each category, {found}"
+            remedy = "one text would be there and not there in an image: merge the categories, or "
+            remedy += "tell them apart by name or with `prepare_data.py coco --prompts`"
+            yield Fault("error", "same prompt", message, *where, remedy)
+        first_named.setdefault(phrase, name)
 
 
 def _image_faults(row: dict, file: Path, first_seen: dict[str, Any]) -> Iterator[Fault]:
@@ -355,6 +361,12 @@ def kept_categories(payload: dict) -> list[dict]:
     used = {str(id_key(row.get("category_id"))) for row in payload["annotations"]}
     rows = payload["categories"]
     return [row for row in rows if str(id_key(row.get("id"))) != "0" or "0" in used] or rows
+
+
+def phrase_of(name: str, prompts: Mapping[str, str]) -> str:
+    """Returns a category's prompt: its entry in `prompts`, or its name with _ and - as spaces."""
+    phrase = prompts.get(name) or name.replace("_", " ").replace("-", " ")
+    return " ".join(phrase.split())
 
 
 def clean_name(raw: Any) -> str | None:

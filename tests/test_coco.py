@@ -252,13 +252,41 @@ def test_faults_of_files(tmp_path):
 def test_warnings(tmp_path):
     content = payload()
     content["annotations"] = content["annotations"][:1]
-    content["categories"].append({"id": 8, "name": "car"})
+    content["categories"].append({"id": 8, "name": "van"})
     assert sorted(faults_of(write(tmp_path, content))) == [
-        ("warning", "duplicate name"),
         ("warning", "empty images"),
         ("warning", "unused category"),
         ("warning", "unused category"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "others"),
+    [
+        ("car", {}, "'car'"),
+        (" CAR", {}, "'car'"),
+        ("Bottle-cap", {}, "'bottle_cap'"),
+        ("van", {"van": "a  Car", "car": "a car"}, "'car'"),
+        ("van", {"van": "bottle cap"}, "'bottle_cap'"),
+    ],
+)
+def test_two_categories_of_one_prompt(tmp_path, name, prompts, others):
+    content = payload() | {"prompts": prompts}
+    content["categories"].append({"id": 8, "name": name})
+    content["annotations"][0]["category_id"] = 8
+    folder = write(tmp_path, content)
+    coco.read_split(folder)
+    assert faults_of(folder) == [("error", "same prompt")]
+    fault = coco.find_faults(folder / "annotations.json", folder / "images")[0]
+    assert others in fault.message and repr(name) in fault.message and fault.id == "category 8"
+    assert "merge" in fault.remedy and "--prompts" in fault.remedy
+
+
+def test_prompts_tell_categories_apart_and_an_unused_root_is_no_category(tmp_path):
+    content = payload() | {"prompts": {"Car": "toy car"}}
+    content["categories"] += [{"id": 8, "name": "Car"}, {"id": 0, "name": "bottle cap"}]
+    content["annotations"][0]["category_id"] = 8
+    assert faults_of(write(tmp_path, content)) == []
 
 
 def test_size_is_that_after_exif_rotation(tmp_path):

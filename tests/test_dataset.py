@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from sam3_lora.dataset import (
     build_loader,
     collate_fn,
     epoch_batches,
+    place_on_canvas,
 )
+from sam3_lora.losses import compute_losses, count_targets
 
 SIZE, QUERIES = 112, 16
 WIDTH, HEIGHT = 90, 60
@@ -78,13 +81,19 @@ def make(split, train=True, **options):
     return PromptDataset(split, SIZE, QUERIES, train=train, **options)
 
 
-def assert_equal_items(a, b):
-    assert a.keys() == b.keys()
-    for name in a.keys() - {"image", "targets"}:
-        assert a[name] == b[name], name
-    assert torch.equal(a["image"], b["image"])
-    for mine, its in zip(a["targets"], b["targets"], strict=True):
-        assert all(torch.equal(mine[name], its[name]) for name in mine)
+def assert_same(a, b):
+    """Equal values of equal types, in dicts and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        assert_same(list(a.values()), [b[name] for name in a])
+    elif isinstance(a, list):
+        for mine, its in zip(a, b, strict=True):
+            assert_same(mine, its)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b
 
 
 # Which prompts ------------------------------------------------------------------------------------
@@ -195,19 +204,26 @@ def test_prompts_of_the_file_override_names(tmp_path):
     assert item["texts"][:2] == ["red metal cap", "car"]
 
 
+def test_categories_of_one_prompt_are_warned_of_in_training(tmp_path, caplog):
+    prompts = {"car": "Bottle  Cap", "dog": "a thing", "tree": "A Thing"}
+    data = read_split(write_split(tmp_path / "train", prompts=prompts))
+    make(data, train=False)
+    assert not caplog.messages
+    make(data)
+    named = "('bottle_cap' and 'car' as 'bottle cap'; 'dog' and 'tree' as 'a thing')"
+    assert len(caplog.messages) == 1 and named in caplog.text and "--prompts" in caplog.text
+
+
 # Random choices -----------------------------------------------------------------------------------
 
 
 def test_items_follow_from_seed_epoch_and_index(split):
-    first, again = (
-        make(split, seed=5, prompts_per_image=3),
-        make(split, seed=5, prompts_per_image=3),
-    )
+    first, again = (make(split, seed=5, prompts_per_image=3) for _ in range(2))
     expected = [first[epoch, 0] for epoch in range(4)]
     torch.manual_seed(123)
     np.random.seed(123)
     for epoch in (3, 1, 0, 2):  # in another order, from another random state
-        assert_equal_items(again[epoch, 0], expected[epoch])
+        assert_same(again[epoch, 0], expected[epoch])
     for a in range(4):
         for b in range(a):
             assert not torch.equal(expected[a]["image"], expected[b]["image"])
@@ -215,19 +231,42 @@ def test_items_follow_from_seed_epoch_and_index(split):
     assert not torch.equal(other["image"], expected[0]["image"])
 
 
-def test_batches_do_not_depend_on_the_number_of_workers(split):
+@pytest.mark.parametrize("size", [SIZE, 101])  # 101: masks of no whole number of bytes
+def test_batches_do_not_depend_on_the_number_of_workers(split, size):
     dataset = make(split, prompts_per_image=3, flip_probability=0.5)
+    dataset.image_size = size
     batches = epoch_batches(len(dataset), 2, epoch=1, seed=3, shuffle=True)
-    alone = list(build_loader(dataset, batches, num_workers=0))
+    expected = [collate_fn([dataset[key] for key in keys]) for keys in batches]
     state = torch.get_rng_state()
-    together = list(build_loader(dataset, batches, num_workers=2))
+    for workers in (0, 2):
+        loader = build_loader(dataset, batches, num_workers=workers)
+        assert len(loader) == len(batches)
+        assert_same(list(loader), expected)
     assert torch.equal(torch.get_rng_state(), state)  # dropout goes on as it would have
-    assert len(alone) == len(together) == 2
-    for a, b in zip(alone, together, strict=True):
-        assert torch.equal(a["images"], b["images"])
-        assert a["texts"] == b["texts"] and a["image_ids"] == b["image_ids"]
-        for mine, its in zip(a["targets"], b["targets"], strict=True):
-            assert all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fault_arrives_from_a_worker_as_it_was_raised(tmp_path, workers):
+    folder = write_split(tmp_path / "train")
+    (folder / "images" / "2.png").write_bytes(b"no image")
+    loader = build_loader(make(read_split(folder)), [[(0, 0)], [(0, 2), (0, 1)]], workers)
+    batches = iter(loader)
+    assert next(batches)["image_ids"] == [1]
+    with pytest.raises(DatasetError, match=r"^expected an image that PIL reads.*from the data$"):
+        next(batches)
+
+
+def test_batches_that_are_kept_hold_no_descriptors(split):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest_free:
+        # Two workers take a dozen; 12 batches hold hundreds of tensors.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free.fileno() + 40, limits[1]))
+    try:
+        batches = [[(epoch, 0), (epoch, 1)] for epoch in range(12)]
+        assert len(list(build_loader(make(split), batches, num_workers=2))) == 12
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -343,9 +382,27 @@ def test_objects_without_a_mask_keep_their_box(split):
     item = make(split, train=False)[0, 2]
     target = item["targets"][1]
     assert target["has_mask"].tolist() == [False]
-    assert not target["masks"].any()
+    assert target["masks"].shape == (0, SIZE, SIZE)
     expected = torch.tensor([[40 / 90, 25 / 60, 20 / 90, 30 / 60]])
     torch.testing.assert_close(target["boxes_cxcywh"], expected)
+
+
+def test_a_mask_that_is_missing_among_others_is_empty(tmp_path):
+    rows = [*ANNOTATIONS, annotation(3, 2, (60, 10, 20, 30))]
+    item = make(read_split(write_split(tmp_path / "train", rows)), train=False)[0, 2]
+    target = item["targets"][1]
+    assert target["has_mask"].tolist() == [False, True]
+    assert target["masks"].flatten(1).any(1).tolist() == [False, True]
+
+
+def test_the_loss_reads_no_mask_of_objects_without(split):
+    target = make(split, train=False)[0, 2]["targets"][1]
+    padded = target | {"masks": torch.zeros(1, SIZE, SIZE, dtype=torch.bool)}
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"logits": (1, 1, 4), "boxes_cxcywh": (1, 1, 4, 4), "presence": (1, 1)}
+    shapes |= {"mask_embed": (1, 4, 5), "pixel_embed": (1, 5, 8, 8), "semantic": (1, 8, 8)}
+    outputs = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    assert_same(*(compute_losses(outputs, [t], count_targets([t])) for t in (target, padded)))
 
 
 def test_has_masks(split, tmp_path):
@@ -412,6 +469,15 @@ def test_a_mask_below_a_pixel_of_the_canvas_keeps_one(tmp_path):
     target = item["targets"][1]
     assert target["has_mask"].tolist() == [True]
     assert target["masks"].nonzero().tolist() == [[0, SIZE // 2, SIZE // 2]]
+
+
+def test_a_photo_fills_the_canvas_or_lies_where_it_is_put():
+    pixels = torch.arange(1, 13, dtype=torch.uint8).reshape(1, 3, 4)
+    assert place_on_canvas(pixels, 8).shape == (1, 8, 8)
+    placed = place_on_canvas(pixels, 8, side=4, left=3, top=2, flip=True)
+    alone = place_on_canvas(pixels, 4)
+    assert torch.equal(placed[:, 2:6, 3:7], alone.flip(-1))
+    assert int((placed > 0).sum()) == 16
 
 
 # Batches ------------------------------------------------------------------------------------------

@@ -159,6 +159,13 @@ def test_validate_lists_faults(raw, capsys):
     assert "unknown image_id" in capsys.readouterr().out
 
 
+def test_validate_refuses_two_categories_of_one_prompt(raw, capsys):
+    assert prepare_data.main([*coco_command(raw), "--prompts", '{"car": "Bottle Cap"}']) == 0
+    assert validate(raw) == 2
+    out = capsys.readouterr().out
+    assert "error: same prompt (1)\n" in out and "--prompts" in out
+
+
 def test_validate_of_a_roboflow_export_in_place(raw, capsys):
     folder = raw.parent / "data" / "valid"
     folder.mkdir(parents=True)
