@@ -1,4 +1,4 @@
-"""Pictures: detections over an image, images side by side, training curves.
+"""Pictures: detections over an image, training curves.
 
 Images are uint8 (H, W, 3) RGB, boxes xyxy in pixels. Line width and text follow the image's
 size, so that a thumbnail and a 20-megapixel photo read alike.
@@ -36,7 +36,10 @@ MIN_FONT_SIZE = 8  # pixels; smaller is unreadable
 CROWDED = 15  # detections; above, text is set smaller
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 LIGHT = 140  # of 255; on lighter tags the text is black
-QUALITY_KEYS = ("iou", "mask_iou", "box_iou", "ap", "ap50", "cgf1")  # in any case
+QUALITY_KEYS = ("ap", "ap50", "cgf1")  # in any case
+IOU_KEYS = ("iou", "mask_iou", "box_iou")  # likewise
+LEGEND_INSIDE = 6  # curves; a legend of more hides them
+LOG_SPAN = 2  # largest value over smallest; below it a logarithmic axis has too few ticks
 
 
 def draw_overlay(
@@ -192,81 +195,72 @@ def _tag_position(
     return min(places, key=covered)
 
 
-def draw_panel(images: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
-    """Sets images side by side, each under its title, such as before and after.
-
-    Args:
-        images: uint8 (H, W, 3) each, of any sizes; all are scaled to the tallest one's height.
-        titles: one text an image.
-
-    Returns:
-        uint8 (H', W', 3) on white.
-    """
-    height = max(image.shape[0] for image in images)
-    scaled = []
-    for image in images:
-        picture = Image.fromarray(np.asarray(image, dtype=np.uint8))
-        if picture.height != height:
-            width = max(1, round(picture.width * height / picture.height))
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        scaled.append(picture)
-    font_size = max(MIN_FONT_SIZE, round(1.4 * FONT_SIZE * math.sqrt(height * scaled[0].width)))
-    bar, gap = 2 * font_size, font_size // 2
-    total = sum(picture.width + gap for picture in scaled) - gap
-    panel = Image.new("RGB", (total, height + bar), "white")
-    draw = ImageDraw.Draw(panel)
-    x = 0
-    for picture, title in zip(scaled, titles, strict=True):
-        text, font = _fitted(title, font_size, picture.width)
-        draw.text((x + picture.width / 2, bar / 2), text, fill="black", font=font, anchor="mm")
-        panel.paste(picture, (x, bar))
-        x += picture.width + gap
-    return np.array(panel)
-
-
 def draw_curves(log_rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Draws loss, loss terms, learning rate and quality over the steps, and saves the picture.
 
     Args:
         log_rows: rows with "step" and any of "loss", "loss_<term>", "lr", "train_iou", and
-            "val", a dict with any of "loss" and QUALITY_KEYS, directly or one dict deeper
+            "val", a dict with any of "loss", IOU_KEYS and QUALITY_KEYS, directly or one dict deeper
             (`{"segm": {"AP": 0.5}}`). What is missing, None or not finite is left out.
         path: a .png; written whole or not at all.
     """
-    from matplotlib import colormaps  # slow to import
-    from matplotlib.figure import Figure  # needs no display, unlike pyplot
-    from matplotlib.ticker import LogLocator
+    from matplotlib.figure import Figure  # slow to import; needs no display, unlike pyplot
 
     rows = [row for row in log_rows if _finite(row.get("step"))]
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True).flat
+    for axis, (title, curves) in zip(axes, _panels(rows).items(), strict=True):
+        _draw_panel(axis, title, curves)
+    _save(figure, Path(path))
+
+
+def _panels(rows: list[dict[str, Any]]) -> dict[str, list[tuple[list[dict], str, str]]]:
+    """Title -> curves (rows, key, label).
+
+    Training's loss has terms that validation's has not (the one-to-many branch), and the two are
+    means over other things: each has an axis of its own. IoU is the same figure in both.
+    """
     validation = [{**_flat(row.get("val") or {}), "step": row["step"]} for row in rows]
     terms = sorted({key for row in rows for key in row if key.startswith("loss_")})
     names = dict.fromkeys(key for row in validation for key in row)  # in the order logged
-    quality = [key for key in names if key.split(" ")[-1].lower() in QUALITY_KEYS]
-    panels = {
-        "loss": [(rows, "loss", "train"), (validation, "loss", "val")],
-        "loss terms": [(rows, term, term.removeprefix("loss_")) for term in terms],
+    last = {name: name.split(" ")[-1].lower() for name in names}
+    ious = [name for name in names if last[name] in IOU_KEYS]
+    return {
+        "training loss": [(rows, "loss", "loss")],
+        "training loss terms": [(rows, term, term.removeprefix("loss_")) for term in terms],
         "learning rate": [(rows, "lr", "lr")],
-        "quality": [(rows, "train_iou", "train iou")]
-        + [(validation, key, f"val {key}") for key in quality],
+        "validation loss": [(validation, "loss", "loss")],
+        "validation quality": [(validation, n, n) for n in names if last[n] in QUALITY_KEYS],
+        "mean IoU": [(rows, "train_iou", "training")]
+        + [(validation, n, f"validation {n if len(ious) > 1 else ''}".strip()) for n in ious],
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axis, (title, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        axis.set_prop_cycle(color=colormaps["tab10" if len(curves) <= 10 else "tab20"].colors)
-        drawn = [_plot(axis, *curve) for curve in curves]
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        if not any(drawn):
-            axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes)
-        elif len(drawn) > 1:
-            axis.legend(fontsize=8, ncols=1 + len(curves) // 8)
-        if "loss" in title and any(drawn) and min(map(min, filter(None, drawn))) > 0:
-            axis.set_yscale("log")
-            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
-        else:
-            axis.ticklabel_format(axis="y", scilimits=(-3, 4))
-    _save(figure, Path(path))
+
+
+def _draw_panel(axis: Any, title: str, curves: list[tuple[list[dict], str, str]]) -> None:
+    """Draws the curves of one panel, losses that fall far on a logarithmic axis."""
+    from matplotlib import colormaps  # slow to import
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    axis.set_prop_cycle(color=colormaps["tab10" if len(curves) <= 10 else "tab20"].colors)
+    drawn = [_plot(axis, *curve) for curve in curves]
+    values = [value for curve in drawn for value in curve]
+    axis.set(title=title, xlabel="step")
+    axis.tick_params(labelbottom=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    if not values:
+        axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes)
+    elif len(drawn) > LEGEND_INSIDE:
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    elif len(drawn) > 1:
+        axis.legend(fontsize=8)
+    if "loss" in title and values and 0 < LOG_SPAN * min(values) < max(values):
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+    else:
+        axis.ticklabel_format(axis="y", scilimits=(-3, 4))
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

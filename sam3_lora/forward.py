@@ -128,7 +128,7 @@ class Forward:
         image_index = batch["image_index"].to(self.device)[rows]
         text_index = features["text_index"][rows]
         levels = [features[f"fpn_{i}"] for i in range(3)]
-        coarse = levels[-1].index_select(0, image_index).float()  # (b,C,h,w)
+        coarse = levels[-1].float().index_select(0, image_index)  # (b,C,h,w); sums grads in fp32
         position = _grid_position(self.model, coarse)  # (1,C,h,w)
         boxes = labels = None
         if batch.get("box_prompts_cxcywh") is not None:

@@ -6,8 +6,10 @@ The only module that imports the library's SAM 3 code.
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from transformers.utils import logging as hf_logging
 from lora_layers import LoRALinear
 
 log = logging.getLogger(__name__)
+
+# Characters of a library's error in ours.
+MAX_REASON = 160
 
 
 class ModelError(ValueError):
@@ -36,7 +41,8 @@ def load_model(name: str) -> tuple[Sam3Model, Any]:
         (model, tokenizer).
 
     Raises:
-        ModelError: not found, not accessible, not SAM 3, or weights that do not fill the model.
+        ModelError: not found, not accessible, damaged, not SAM 3, or weights that do not fill the
+            model.
     """
     _refuse_other_formats(name)
     try:
@@ -48,11 +54,22 @@ def load_model(name: str) -> tuple[Sam3Model, Any]:
             )
         with _quiet_library():
             model, report = Sam3Model.from_pretrained(
-                name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+                name,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
             )
             tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, KeyError, RuntimeError) as error:
+    except ModelError:
+        raise
+    # All there are: a damaged file raises what its reader trips over, and the tokenizers' reader
+    # plain Exception. The cause is kept for --debug.
+    except Exception as error:
         raise ModelError(_access_hint(name, error)) from error
+    if tokenizer("a")["input_ids"] == tokenizer("b")["input_ids"]:
+        # Without its files the library makes a tokenizer that knows no word.
+        raise ModelError(f"{name}: expected a tokenizer, found no tokenizer.json; get a full copy")
     problems = {k: report[k] for k in ("missing_keys", "mismatched_keys") if report[k]}
     if problems:
         found = "; ".join(f"{len(v)} {k} (first: {sorted(v)[0]})" for k, v in problems.items())
@@ -81,9 +98,14 @@ def _refuse_other_formats(name: str) -> None:
 
 def _access_hint(name: str, error: Exception) -> str:
     """One line for a model that could not be read, with both ways to get it."""
-    reason = str(error).strip().splitlines()[0][:160]
+    reason = textwrap.shorten(str(error), MAX_REASON, placeholder=" ...").rstrip(".")
+    if not isinstance(error, OSError):  # the library's own sentences, complete
+        reason = f"{type(error).__name__}: {reason}"
     if Path(name).is_dir():
-        return f"model.name: the folder {name} could not be read as SAM 3: {reason}"
+        return (
+            f"model.name: the folder {name} could not be read as SAM 3: {reason}; get a full copy "
+            "with `hf download facebook/sam3 --local-dir DIR` and name DIR"
+        )
     return (
         f"model.name: could not get {name}: {reason}. Ask for access at "
         "https://huggingface.co/facebook/sam3 and run `hf auth login`, or give the local folder of "
@@ -140,18 +162,25 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products for `hardware.mixed_precision`.
 
     Args:
-        name: `auto`, `bf16`, `fp16` or `no`; `auto` is bf16 on a GPU that has it, fp16 on one that
-            has not, fp32 on a CPU.
+        name: `auto`, `bf16`, `fp16` or `no`; `auto` is bf16 on a CUDA GPU that has it, fp16 on one
+            that has not, fp32 on a CPU and on MPS, of which not every version has bf16.
         device: where the model runs.
     """
-    if name == "no" or (name == "auto" and device.type == "cpu"):
+    if name == "no" or (name == "auto" and device.type != "cuda"):
         return torch.float32
     if name == "fp16":
         return torch.float16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        log.warning("this GPU has no bf16: using fp16 with a gradient scaler")
+    # Emulated bf16, which torch counts as supported unless told not to, is slower than fp32.
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        _warn_once("this GPU has no bf16: using fp16 with a gradient scaler")
         return torch.float16
     return torch.bfloat16
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Logs a warning, the first time it comes."""
+    log.warning(message)
 
 
 def cast_towers(model: Sam3Model, dtype: torch.dtype) -> None:

@@ -1,16 +1,16 @@
-"""Overlays, panels and curves: pixels where they belong, and nothing that makes them crash."""
+"""Overlays and curves: pixels where they belong, and nothing that makes them crash."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sam3_lora import drawing
 from sam3_lora.drawing import (
     BOX_PROMPT_COLORS,
     MASK_OPACITY,
     PALETTE,
     draw_curves,
     draw_overlay,
-    draw_panel,
 )
 
 GREY = 100
@@ -151,17 +151,6 @@ def test_lines_grow_with_the_image():
     assert thickness(1200, 1600) >= 4
 
 
-def test_panel_sets_images_side_by_side():
-    left, right = photo(100, 150), np.full((50, 40, 3), 200, dtype=np.uint8)
-    panel = draw_panel([left, right], ["before", "after"])
-    assert panel.dtype == np.uint8 and panel.shape[2] == 3
-    assert (panel[-100:, :150] == GREY).all()
-    assert (panel[-100:, -80:] == 200).all()  # 40 x 50 scaled to the height of 100
-    assert (panel[-100:, 151:-81] == 255).all()
-    title = panel[:-100, :150]
-    assert title.min() < 100 and (title[0] == 255).all()
-
-
 def test_curves_are_written_from_whatever_was_logged(tmp_path):
     rows = [{"step": 1, "loss": 3.0, "loss_bbox": 1.0, "lr": 1e-4, "train_iou": 0.2}]
     rows += [{"step": 2, "loss": 2.0, "loss_bbox": None, "lr": 1e-4}, {"step": 3}, {"note": "x"}]
@@ -178,3 +167,23 @@ def test_curves_are_written_from_whatever_was_logged(tmp_path):
         empty = np.asarray(picture.convert("RGB"))
     coloured = [(np.ptp(p.astype(int), axis=-1) > 60).sum() for p in (full, empty)]
     assert coloured[0] > 200 and coloured[1] == 0
+
+
+def test_training_and_validation_loss_have_axes_of_their_own(tmp_path, monkeypatch):
+    """Training adds terms that validation has not: on one axis they would look like overfitting."""
+    figures = []
+    monkeypatch.setattr(drawing, "_save", lambda figure, path: figures.append(figure))
+    val = {"loss": 2.5, "iou": 0.4, "ap": 0.3, "ap50": 0.5, "cgf1": 0.2, "lr": 9.0}
+    rows = [{"step": 1, "loss": 9.0, "loss_bbox": 1.0, "lr": 1e-4, "train_iou": 0.2}]
+    draw_curves([*rows, {"step": 2, "val": val}], tmp_path / "curves.png")
+    drawn = {
+        axis.get_title(): {line.get_label() for line in axis.lines} for axis in figures[0].axes
+    }
+    assert drawn == {
+        "training loss": {"loss"},
+        "training loss terms": {"bbox"},
+        "learning rate": {"lr"},
+        "validation loss": {"loss"},
+        "validation quality": {"ap", "ap50", "cgf1"},
+        "mean IoU": {"training", "validation"},
+    }

@@ -1,5 +1,6 @@
-"""Our forward equals `Sam3Model.forward`, in values and in gradients."""
+"""Our forward equals `Sam3Model.forward`, in values and in gradients; what cannot be loaded."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -8,7 +9,14 @@ import torch
 from transformers import Sam3Model
 
 from sam3_lora.forward import Forward, predict_masks, tokenize
-from sam3_lora.model import ModelError, cast_towers, image_size, load_model, num_queries
+from sam3_lora.model import (
+    ModelError,
+    cast_towers,
+    compute_dtype,
+    image_size,
+    load_model,
+    num_queries,
+)
 
 TEXTS = ["cat", "a red bus", "cat"]
 IMAGE_INDEX = torch.tensor([0, 0, 1])
@@ -230,6 +238,93 @@ def test_what_is_not_a_model_is_refused(tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(ModelError, match="hf auth login.*--model_name DIR"):
         load_model("nobody/nothing-here")
+
+
+def cut(name, share=0.5):
+    """Cuts a file short."""
+
+    def damage(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * share)])
+
+    return damage
+
+
+def replaced(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def configured(**changes):
+    """Changes keys of config.json."""
+
+    def damage(folder):
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | changes))
+
+    return damage
+
+
+DAMAGES = {
+    "unknown type": (configured(model_type="nope"), "nope"),
+    "type is a list": (configured(model_type=["sam3"]), "unhashable"),
+    "wrong value": (configured(detr_decoder_config={"num_queries": "many"}), "num_queries"),
+    "another size": (configured(text_config={"vocab_size": 7}), "mismatched_keys"),
+    "no heads": (configured(detr_decoder_config={"num_attention_heads": 0}), "ZeroDivision"),
+    "config is null": (replaced("config.json", "null"), "NoneType"),
+    "config cut": (cut("config.json"), "not a valid JSON"),
+    "weights cut": (cut("model.safetensors"), "not fully covered"),
+    "weights empty": (replaced("model.safetensors", ""), "header too small"),
+    "tokenizer cut": (cut("tokenizer.json"), "JSONDecodeError"),
+    "tokenizer is a list": (replaced("tokenizer_config.json", "[]"), "no attribute 'get'"),
+    "tokenizer absent": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_folder_is_refused_in_one_line(tiny_model_dir, tmp_path, case):
+    damage, cause = DAMAGES[case]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    damage(folder)
+    with pytest.raises(ModelError) as caught:
+        load_model(str(folder))
+    message = str(caught.value)
+    assert str(folder) in message and cause in message
+    assert "\n" not in message
+
+
+def test_compute_dtype(monkeypatch, caplog):
+    cpu, mps, cuda = (torch.device(name) for name in ("cpu", "mps", "cuda"))
+    for device in (cpu, mps, cuda):
+        assert compute_dtype("no", device) == torch.float32
+        assert compute_dtype("fp16", device) == torch.float16
+    assert compute_dtype("auto", cpu) == compute_dtype("auto", mps) == torch.float32
+    assert compute_dtype("bf16", mps) == compute_dtype("bf16", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    assert compute_dtype("auto", cuda) == torch.bfloat16
+    # torch calls bf16 supported where it is emulated, slower than fp32.
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    caplog.clear()
+    assert {compute_dtype(name, cuda) for name in ("auto", "bf16", "bf16")} == {torch.float16}
+    assert sum("no bf16" in message for message in caplog.messages) == 1
+
+
+def test_gradients_of_a_bf16_image_are_summed_in_fp32(loaded, images):
+    forward = Forward(*loaded, masks=False)
+    rows = 24
+    batch = make_batch(images[:1]) | {"texts": [f"thing {i}" for i in range(rows)]}
+    batch["image_index"] = torch.zeros(rows, dtype=torch.long)
+    with torch.no_grad():
+        features = forward.encode(batch)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = features["fpn_2"].bfloat16().to(dtype).requires_grad_(True)
+        outputs = forward.predict(features | {"fpn_2": leaf}, batch, slice(None))
+        (outputs["boxes_cxcywh"].sum() + outputs["logits"].sum()).backward()
+        grads.append(leaf.grad)
+    assert torch.equal(grads[0], grads[1].bfloat16())
 
 
 def test_text_embeds_object_contract(loaded, images):
