@@ -1,30 +1,32 @@
 """Evaluates an adapter, or the base model, on a split of a COCO data set.
 
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt
-    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --data_dir data --split
-    test python evaluate_sam3_lora.py --base --data_dir data --split test
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --split test
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --base --split test
 
 Every category is asked for on every image. Prints a table: AP of boxes and masks by category, cgF1
 with its factors pmF1 and IL_MCC, mask IoU, and how often an absent category is found all the same.
+--base evaluates the base model that the adapter was trained on, or --model_name, without adapter.
 
-Writes to output_dir (default: evaluation_<split>/ beside the adapter, or outputs/base/):
+Writes to output_dir (default: evaluation_<split>/ beside the adapter, or in outputs/base/):
     metrics.json      every figure
-    detections.json   the detections in COCO's results format
+    detections.json   in COCO's results format, what the figures read: the best 100 of each image,
+                      for AP, and all of score >= --score_threshold
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from lora_layers import AdapterError
+from sam3_lora import checkpoint
 from sam3_lora.coco import CocoSplit, DatasetError, read_split, split_dir
 from sam3_lora.config import (
     Config,
@@ -36,7 +38,7 @@ from sam3_lora.config import (
     user_errors,
 )
 from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches
-from sam3_lora.evaluation import evaluate_split, load_forward
+from sam3_lora.evaluation import evaluate_split, load_forward, resolve_model, write_json
 from sam3_lora.forward import Forward
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.metrics import format_summary
@@ -55,8 +57,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", default="val", help="train, val or test (default: val)")
     parser.add_argument("--output_dir", type=Path, help="where metrics.json goes")
-    add_config_flags(parser, ("model", "evaluation", "hardware"))
+    # Not the configuration's own key, which is about a training run.
+    parser.add_argument(
+        "--overwrite",
+        dest="replace",
+        action="store_true",
+        help="write over an earlier evaluation in output_dir, which else is renamed",
+    )
+    sections = ("model", "evaluation", "hardware")
+    add_config_flags(parser, sections, without=("best_metric",))
     return parser
+
+
+def choose_output(args: argparse.Namespace, data: Path) -> Path:
+    """Where the files go; ConfigError where an earlier evaluation there cannot be renamed."""
+    beside = Path("outputs/base")
+    if args.lora_weights and not args.base:
+        beside = args.lora_weights if args.lora_weights.is_dir() else args.lora_weights.parent
+    output_dir = args.output_dir or beside / f"evaluation_{args.split}"
+    if (output_dir / "metrics.json").exists() and not args.replace:
+        used = [path.resolve() for path in (Path(), data, args.lora_weights) if path]
+        if any(path.is_relative_to(output_dir.resolve()) for path in used):
+            raise ConfigError(
+                f"--output_dir: {output_dir} holds an earlier evaluation, and files in use, so it "
+                "is not renamed; name another folder, or --overwrite the evaluation"
+            )
+    return output_dir
 
 
 def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, str]:
@@ -66,16 +92,12 @@ def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, st
             "expected an adapter, found none; give --lora_weights FILE, or --base for the base "
             "model alone"
         )
+    adapter = checkpoint.read_adapter(args.lora_weights) if args.lora_weights else {}
+    name, geometry_cls = resolve_model(asdict(config.model), vars(args), adapter)
     weights = None if args.base else args.lora_weights
-    named = getattr(args, "model_name", None)
-    forward, adapter = load_forward(
-        weights,
-        named or (None if weights else config.model.name),
-        getattr(args, "model_geometry_cls", None),
-        config.hardware.device,
-        config.hardware.mixed_precision,
-    )
-    return forward, f"{adapter['base_model']} + {weights}" if adapter else config.model.name
+    device, precision = config.hardware.device, config.hardware.mixed_precision
+    forward = load_forward(name, geometry_cls, device, precision, weights, adapter)
+    return forward, f"{name} + {weights}" if weights else name
 
 
 def run_evaluation(
@@ -87,8 +109,7 @@ def run_evaluation(
     if not dataset.has_masks():
         log.warning("the split has no masks: box metrics only")
         forward.masks = False
-    limit = config.evaluation.max_val_images
-    batches = epoch_batches(len(split.images[:limit]), 1, 0, 0, shuffle=False)
+    batches = epoch_batches(len(dataset), 1, 0, 0, shuffle=False)
     loader = build_loader(dataset, batches, config.hardware.num_workers)
     return evaluate_split(
         forward,
@@ -102,11 +123,14 @@ def run_evaluation(
     )
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Writes beside the target, then renames over it."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    os.replace(scratch, path)
+def write_files(output_dir: Path, metrics: dict[str, Any], results: list, replaced: bool) -> None:
+    """Writes the evaluation; an earlier one is renamed with its folder unless it is replaced."""
+    earlier = (output_dir / "metrics.json").exists()
+    if earlier and not replaced and (moved := checkpoint.set_aside(output_dir)):
+        log.warning("%s held an earlier evaluation: renamed to %s", output_dir, moved)
+    write_json(output_dir / "metrics.json", metrics, indent=2)
+    write_json(output_dir / "detections.json", results)
+    log.info("wrote %s", output_dir / "metrics.json")
 
 
 @user_errors(ConfigError, DatasetError, AdapterError, ModelError)
@@ -115,24 +139,20 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(None)
     config = config_from_args(args)
-    # 1. The split before any weight loads.
+    # 1. The data and where to write, before any weight loads.
     folder = split_dir(args.data_dir, args.split)
+    output_dir = choose_output(args, folder)
     split = read_split(folder)
+    total = len(split.images)
+    split = replace(split, images=split.images[: config.evaluation.max_val_images])
     # 2. Every category on every image.
     forward, subject = build_forward(args, config)
-    log.info("%s on %s: %d images", subject, folder, len(split.images))
+    log.info("%s on %s: %d of %d images", subject, folder, len(split.images), total)
     summary, results = run_evaluation(forward, split, config)
     # 3. The table and the files.
-    beside = Path("outputs/base")
-    if args.lora_weights and not args.base:
-        beside = args.lora_weights if args.lora_weights.is_dir() else args.lora_weights.parent
-    output_dir = args.output_dir or beside / f"evaluation_{args.split}"
-    output_dir.mkdir(parents=True, exist_ok=True)
     described = {"model": subject, "data": str(folder), "split": args.split, **summary}
-    write_json(described, output_dir / "metrics.json")
-    write_json(results, output_dir / "detections.json")
     sys.stdout.write(format_summary(summary) + "\n")
-    log.info("wrote %s", output_dir / "metrics.json")
+    write_files(output_dir, described, results, args.replace)
     return 0
 
 

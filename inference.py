@@ -12,9 +12,10 @@ SAM 3 takes a box as an example: it finds everything like the object in it, all 
 that object alone. --only_boxed keeps what lies in the boxes.
 
 Writes, for result.png:
-    result.png           the image with its detections, a colour a prompt; your boxes dashed
-    result.json          COCO results with file_name and prompt; category_id 1 is the first prompt
-    result_masks/*.png   with --save_masks: one 0 and 255 image a detection, in the JSON's order
+    result.png               the image with its detections, a colour a prompt; your boxes dashed
+    result_detections.json   COCO results with file_name and prompt; category_id 1: first prompt
+    result_masks/*.png       with --save_masks: a 0 and 255 image a detection, in the JSON's order
+and into a folder, for photo.jpg, photo_overlay.png, photo_detections.json and photo_masks/.
 Prints a line an image: detections of each prompt, the best score (also one below --threshold), the
 overlay's path.
 """
@@ -23,36 +24,43 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
-from torchvision.transforms.v2 import functional as transforms
+from PIL import Image
 
 from lora_layers import AdapterError
 from sam3_lora import coco, config
-from sam3_lora.checkpoint import set_aside
+from sam3_lora.checkpoint import read_adapter, set_aside
 from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
+from sam3_lora.dataset import place_on_canvas
 from sam3_lora.drawing import draw_overlay
-from sam3_lora.evaluation import Detections, detect, join_detections, load_forward
+from sam3_lora.evaluation import (
+    Detections,
+    detect,
+    join_detections,
+    load_forward,
+    resolve_model,
+    write_atomically,
+    write_json,
+)
 from sam3_lora.forward import VISUAL_PROMPT, Forward
-from sam3_lora.metrics import coco_results, select_detections
-from sam3_lora.model import ModelError, image_size, num_queries
+from sam3_lora.metrics import coco_results
+from sam3_lora.model import ModelError, image_size
 
 log = logging.getLogger("inference")
 
 # The share of a detection's box inside a positive box prompt from which --only_boxed keeps it.
 BOXED_SHARE = 0.5
-# Stands in our PNG files: one of another origin is not replaced unless the user named it.
-SOFTWARE = "SAM3-LoRA inference.py"
+# Of the files beside an overlay: no other tool's, such as labelme's photo.json, is replaced.
+JSON_ENDING = "_detections.json"
 # Problems that a message lists.
 SHOWN = 3
 
@@ -95,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="one file for the detections of all images (default: one beside each overlay)")
     add("--save_masks", action="store_true", help="also write each detection's mask as a PNG")
     # fmt: on
-    config.add_config_flags(parser, sections=("model", "hardware"))
+    config.add_config_flags(parser, ("model", "hardware"), without=("num_workers",))
     return parser
 
 
@@ -205,67 +213,52 @@ def check_images(images: list[Path], boxes_xyxy: list[list[float]]) -> None:
 
 
 def plan_overlays(args: argparse.Namespace, images: list[Path]) -> list[Path]:
-    """Each image's overlay; ConfigError where a file that the user did not name would be lost."""
+    """Each image's overlay; ConfigError where two files of this run would be one."""
     output = args.output
-    one_file = output.suffix.lower() in coco.IMAGE_SUFFIXES and not output.is_dir()
-    if one_file and args.image.is_dir():
-        raise ConfigError(f"--output: expected a folder for a folder of images, found {output}")
     overlays = [output]
-    if not one_file:
+    if output.suffix.lower() not in coco.IMAGE_SUFFIXES or output.is_dir():
         stems = Counter(path.stem.lower() for path in images)
         names = [p.stem if stems[p.stem.lower()] == 1 else p.name for p in images]
-        overlays = [output / f"{name}.png" for name in names]
-    jsons = [args.json] if args.json else [path.with_suffix(".json") for path in overlays]
-    targets = Counter(path.resolve() for path in overlays + jsons)
-    inputs = {path.resolve() for path in images}
-    for target in overlays + jsons:
-        named = target in (args.json, output)
-        if target.is_dir() or target.resolve() in inputs or targets[target.resolve()] > 1:
-            problem = "is a folder, an input, or the name of two outputs"
-        elif target.exists() and not named and not is_ours(target):
-            problem = "exists and was not written by this script"
-        else:
-            continue
-        raise ConfigError(f"--output, --json: {target} {problem}; name another place")
+        overlays = [output / f"{name}_overlay.png" for name in names]
+    elif args.image.is_dir():
+        raise ConfigError(f"--output: expected a folder for a folder of images, found {output}")
+    jsons = [args.json] if args.json else [beside(path, JSON_ENDING) for path in overlays]
+    written = overlays + jsons
+    uses = Counter(path.resolve() for path in images + written)
+    for path in written:
+        if path.is_dir() or uses[path.resolve()] > 1:
+            raise ConfigError(
+                f"--output, --json: {path} is a folder, an input, or the name of two outputs; name "
+                "another place"
+            )
     return overlays
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file is an overlay or a JSON of this script."""
-    try:
-        if path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            own = {"image_id", "score", "file_name", "prompt"}
-            return isinstance(rows, list) and all(own <= set(row) for row in rows)
-        with Image.open(path) as image:
-            return image.info.get("Software") == SOFTWARE
-    except (OSError, ValueError, TypeError, Image.DecompressionBombError):
-        return False
+def beside(overlay: Path, ending: str) -> Path:
+    """The name of what goes with an overlay."""
+    return overlay.with_name(overlay.stem.removesuffix("_overlay") + ending)
 
 
-def build_forward(args: argparse.Namespace, options: Config) -> Forward:
-    """The model. Base and geometry_cls are those of the flags, else the adapter's, else the
-    config's; what differs from the adapter's is logged."""
-    name, geometry_cls = options.model.name, options.model.geometry_cls
-    if args.lora_weights:
-        given = vars(args)
-        name, geometry_cls = given.get("model_name"), given.get("model_geometry_cls")
-    hardware = options.hardware
-    forward, adapter = load_forward(
-        args.lora_weights, name, geometry_cls, hardware.device, hardware.mixed_precision
-    )
-    asked = {"name": name, "geometry_cls": geometry_cls}
-    for key, own_key in (("name", "base_model"), ("geometry_cls", "geometry_cls")):
-        own, configured = adapter.get(own_key), getattr(options.model, key)
-        if own and asked[key] and asked[key] != own:
-            log.warning("--model_%s is %s, the adapter was trained with %s", key, asked[key], own)
-        elif own and args.config and configured != own:
-            log.warning("model_%s: %s of the adapter, not %s of the config", key, own, configured)
-    used = args.lora_weights or "no adapter"
-    log.info("%s with %s on %s", name or adapter["base_model"], used, forward.device)
-    if adapter.get("categories"):
-        log.info("the adapter's training prompts: %s", ", ".join(adapter["categories"].values()))
-    return forward
+def build_forward(args: argparse.Namespace, options: Config) -> tuple[Forward, dict[str, str]]:
+    """The model, and the phrase of each class that its adapter was trained on."""
+    adapter = read_adapter(args.lora_weights) if args.lora_weights else {}
+    name, geometry_cls = resolve_model(asdict(options.model), vars(args), adapter)
+    device, precision = options.hardware.device, options.hardware.mixed_precision
+    forward = load_forward(name, geometry_cls, device, precision, args.lora_weights, adapter)
+    log.info("%s with %s on %s", name, args.lora_weights or "no adapter", forward.device)
+    phrases = adapter.get("categories", {})
+    if phrases:
+        log.info("the adapter's training prompts: %s", ", ".join(phrases.values()))
+    return forward, phrases
+
+
+def use_trained_phrases(prompts: Prompts, phrases: dict[str, str]) -> Prompts:
+    """Prompts in which a class name of the adapter stands as the phrase it was trained with."""
+    trained = {t: phrases[t] for t in prompts.texts if t in phrases and t not in phrases.values()}
+    for name, phrase in trained.items():
+        log.info("prompt %r: the adapter was trained with %r, which is used", name, phrase)
+    texts = list(dict.fromkeys(trained.get(text, text) for text in prompts.texts))
+    return replace(prompts, texts=texts)
 
 
 def make_batch(photo: np.ndarray, prompts: Prompts, side: int) -> dict[str, Any]:
@@ -274,8 +267,7 @@ def make_batch(photo: np.ndarray, prompts: Prompts, side: int) -> dict[str, Any]
     count = len(prompts.texts)
     pixels = torch.from_numpy(photo).permute(2, 0, 1)
     batch = {
-        # As `PromptDataset` resizes for evaluation.
-        "images": transforms.resize(pixels, [side, side], antialias=True)[None],
+        "images": place_on_canvas(pixels, side)[None],
         "texts": prompts.texts,
         "image_index": torch.zeros(count, dtype=torch.long),
     }
@@ -307,15 +299,14 @@ def find(
     batch = make_batch(photo, prompts, image_size(forward.model))
     features = forward.encode(batch)
     count, size = len(prompts.texts), photo.shape[:2]
-    most = count * num_queries(forward.model)
-    parts, best = [], 0.0
+    parts = []
     for start in range(0, count, max_rows):
-        outputs = forward.predict(features, batch, slice(start, start + max_rows))
         ids = list(range(start + 1, min(start + max_rows, count) + 1))
-        parts.append(detect(outputs, list(range(len(ids))), ids, size, most, threshold))
-        last = [outputs[name][-1] for name in ("logits", "presence", "boxes_cxcywh")]
-        best = max(best, float(select_detections(*last, ids, size, 1)["score"][0]))
-    return join_detections(parts, most), best
+        outputs = forward.predict(features, batch, slice(start, start + max_rows))
+        # The best one stays whatever its score, to be named.
+        parts.append(detect(outputs, list(range(len(ids))), ids, size, 1, threshold))
+    found = join_detections(parts, 1, threshold)
+    return take(found, np.flatnonzero(found["score"] >= threshold)), found["score"][0]
 
 
 def keep_boxed(found: Detections, boxes_xyxy: np.ndarray) -> Detections:
@@ -347,30 +338,10 @@ def take(found: Detections, indices: Sequence[int]) -> Detections:
     return {**chosen, "rles": [found["rles"][i] for i in index]}
 
 
-def write_file(path: Path, save: Callable[[Path], Any]) -> None:
-    """Has `save` write beside the target, and renames that."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_image(path: Path, pixels: np.ndarray) -> None:
-    """Writes uint8 pixels in the format of the suffix; a PNG says that it is ours."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Software", SOFTWARE)
+    """Writes uint8 pixels in the format of the suffix."""
     form = Image.registered_extensions()[path.suffix.lower()]
-    picture = Image.fromarray(pixels)
-    write_file(path, lambda temporary: picture.save(temporary, form, pnginfo=info))
-
-
-def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes COCO results."""
-    text = json.dumps(rows, ensure_ascii=False, allow_nan=False)
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, form))
 
 
 def write_overlay(path: Path, photo: np.ndarray, found: Detections, prompts: Prompts) -> None:
@@ -411,7 +382,8 @@ def main(argv: list[str] | None = None) -> int:
     check_images(images, prompts.boxes_xyxy)
     overlays = plan_overlays(args, images)
     # 2. The model.
-    forward = build_forward(args, options)
+    forward, phrases = build_forward(args, options)
+    prompts = use_trained_phrases(prompts, phrases)
     # 3. Image by image.
     positive = [b for b, label in zip(prompts.boxes_xyxy, prompts.labels, strict=True) if label]
     rows: list[dict[str, Any]] = []
@@ -425,14 +397,14 @@ def main(argv: list[str] | None = None) -> int:
             found = suppress(found, args.nms_iou)
         write_overlay(overlay, photo, found, prompts)
         if args.save_masks:
-            write_masks(overlay.with_name(f"{overlay.stem}_masks"), found)
+            write_masks(beside(overlay, "_masks"), found)
         own = [
             {**row, "file_name": path.name, "prompt": prompts.texts[row["category_id"] - 1]}
             for row in coco_results(image_id, found, found["rles"])
         ]
         rows += own
         if not args.json:
-            write_json(overlay.with_suffix(".json"), own)
+            write_json(beside(overlay, JSON_ENDING), own)
         counts = Counter(row["prompt"] for row in own)
         found_text = ", ".join(f"{text} {counts[text]}" for text in prompts.texts)
         print(f"{path.name}: {found_text}, best score {best:.3f}, {overlay}", flush=True)

@@ -1,13 +1,17 @@
 """Outputs of the model to detections with masks, and a split to its metrics.
 
 rows of an image -> best detections over all prompts -> masks of those alone -> RLE
+
+Also what the scripts that run a trained model share: which base, loading it, writing files.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lora_layers import AdapterError, merge_lora
+from lora_layers import apply_lora, load_lora_state_dict, merge_lora
 from sam3_lora import checkpoint, engine
 from sam3_lora.coco import CocoSplit, encode_mask
 from sam3_lora.forward import Forward, predict_masks
-from sam3_lora.metrics import DetectionAccumulator, select_detections
+from sam3_lora.metrics import DetectionAccumulator, rank_scores, select_detections
 from sam3_lora.model import cast_towers, choose_device, compute_dtype, load_model
+
+log = logging.getLogger(__name__)
 
 # Masks drawn at once at the photo's size: bounds memory, 8 x 12 megapixels in fp32 are 400 MB.
 MASKS_AT_ONCE = 8
@@ -28,44 +34,69 @@ MASKS_AT_ONCE = 8
 Detections = dict[str, Any]
 
 
-def load_forward(
-    weights: Path | None,
-    model_name: str | None,
-    geometry_cls: str | None,
-    device: str,
-    mixed_precision: str,
-) -> tuple[Forward, dict[str, Any]]:
-    """A base model, with an adapter merged into it where one is given, ready for inference.
+def resolve_model(
+    configured: Mapping[str, str], flags: Mapping[str, Any], adapter: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Base model and geometry_cls: those of the flags, else the adapter's, else the config's.
 
     Args:
-        weights: adapter file, or its folder; None runs the base model.
-        model_name: base model; None takes the one the adapter was trained on.
-        geometry_cls: `meta` or `hf`; None takes the adapter's, or `meta` without one.
-        device: of `hardware.device`.
-        mixed_precision: of `hardware.mixed_precision`.
+        configured: `name` and `geometry_cls` of the `model` section, flags included.
+        flags: parsed flags; of interest are `config`, `model_name` and `model_geometry_cls`.
+        adapter: `checkpoint.read_adapter`'s content, empty without an adapter.
 
     Returns:
-        (forward, adapter): `checkpoint.read_adapter`'s content, empty for the base model.
+        (name, geometry_cls); where the adapter was trained with others, a warning says so.
+    """
+    resolved = []
+    for key, own_key in (("name", "base_model"), ("geometry_cls", "geometry_cls")):
+        value, own = configured[key], adapter.get(own_key)
+        if own and flags.get(f"model_{key}") is None:
+            if flags.get("config") and value != own:
+                log.warning("model_%s: %s of the adapter, not %s of the config", key, own, value)
+            value = own
+        elif own and value != own:
+            log.warning("--model_%s is %s, the adapter was trained with %s", key, value, own)
+        resolved.append(value)
+    return resolved[0], resolved[1]
+
+
+def load_forward(
+    model_name: str,
+    geometry_cls: str,
+    device: str,
+    mixed_precision: str,
+    weights: Path | None = None,
+    adapter: dict[str, Any] | None = None,
+) -> Forward:
+    """A base model, with an adapter where one is given, ready for inference.
+
+    In fp32 the adapter is merged. Below, a tower's rounded weights would swallow a small update, so
+    it stays beside them in fp32, as in training.
+
+    Args:
+        model_name, geometry_cls: as `resolve_model` gives.
+        device: of `hardware.device`.
+        mixed_precision: of `hardware.mixed_precision`.
+        weights: the adapter's file or folder, for messages; None runs the base model.
+        adapter: `checkpoint.read_adapter`'s content for `weights`.
 
     Raises:
         ModelError: the base or the device cannot be had.
-        AdapterError: the adapter cannot be read or does not fit the base.
+        AdapterError: the adapter does not fit the base.
     """
-    adapter = checkpoint.read_adapter(weights) if weights else {}
     where = choose_device(device)
-    name = model_name or adapter.get("base_model")
-    if name is None:
-        raise AdapterError(
-            "expected an adapter or a base model; give --lora_weights or --model_name"
-        )
-    model, tokenizer = load_model(name)
-    if weights:
-        checkpoint.load_adapter(weights, model)
-        merge_lora(model)
     dtype = compute_dtype(mixed_precision, where)
-    cast_towers(model.requires_grad_(False), dtype)
-    geometry_cls = geometry_cls or adapter.get("geometry_cls", "meta")
-    return Forward(model.to(where).eval(), tokenizer, geometry_cls, dtype), adapter
+    model, tokenizer = load_model(model_name)
+    if weights:
+        checkpoint.check_base(adapter, model, weights)
+        apply_lora(model, adapter["lora_config"])
+        load_lora_state_dict(model, adapter["lora"])
+        if dtype == torch.float32:
+            merge_lora(model)
+    # Before the freeze: it leaves what requires gradients, LoRA's weights, in fp32.
+    cast_towers(model, dtype)
+    model.requires_grad_(False).to(where).eval()
+    return Forward(model, tokenizer, geometry_cls, dtype)
 
 
 def detect(
@@ -74,7 +105,8 @@ def detect(
     category_ids: list[int],
     original_size: tuple[int, int],
     max_detections: int,
-    score_threshold: float = 0.0,
+    score_threshold: float,
+    floor: float = 0.0,
 ) -> Detections:
     """The detections of one image from the outputs for some of its rows.
 
@@ -83,8 +115,8 @@ def detect(
         rows: which of the outputs' rows are this image's.
         category_ids: category of each of these rows.
         original_size: (H, W) of the photo, pixels.
-        max_detections: the most kept, best scores first, over all the rows.
-        score_threshold: the lowest score kept.
+        max_detections, score_threshold: as for `metrics.select_detections`.
+        floor: no mask is drawn, and no detection returned, below this score.
 
     Returns:
         As `metrics.select_detections`, `row` counting the given rows; and `rles`, a mask of the
@@ -97,9 +129,10 @@ def detect(
         category_ids,
         original_size,
         max_detections,
+        score_threshold,
     )
-    kept = found["score"] >= score_threshold
-    found = {k: v if k == "absent_scores" else v[kept] for k, v in found.items()}
+    kept = found["score"] >= floor
+    found = {name: values[kept] for name, values in found.items()}
     found["rles"] = None
     if "pixel_embed" in outputs:
         found["rles"] = _draw(outputs, rows, found, original_size)
@@ -123,13 +156,15 @@ def _draw(
     return rles
 
 
-def join_detections(parts: list[Detections], max_detections: int) -> Detections:
-    """The best detections of an image whose rows came in several parts."""
-    order = np.argsort(-np.concatenate([p["score"] for p in parts]), kind="stable")
-    order = order[:max_detections]
+def join_detections(
+    parts: list[Detections], max_detections: int, score_threshold: float
+) -> Detections:
+    """The detections of an image whose rows came in several parts, best first; limits as for
+    `metrics.select_detections`."""
+    scores = np.concatenate([p["score"] for p in parts])
+    order = rank_scores(scores, max_detections, score_threshold)
     names = ("category_id", "score", "boxes_xyxy")
     joined: Detections = {n: np.concatenate([p[n] for p in parts])[order] for n in names}
-    joined["absent_scores"] = np.concatenate([p["absent_scores"] for p in parts])
     joined["rles"] = None
     if parts[0]["rles"] is not None:
         rles = [rle for p in parts for rle in p["rles"]]
@@ -148,26 +183,24 @@ def evaluate_split(
     max_detections: int,
     score_threshold: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics and mean losses of a split, or of those of its images that the batches hold.
+    """Metrics and mean losses of a split.
 
     Args:
         forward, criterion, count, max_rows: as for `engine.evaluate`; the model is in eval mode.
-        batches: of a `PromptDataset` with `train=False`: every category on every image.
+        batches: of a `PromptDataset` with `train=False`: every category on every image of `split`.
         split: the ground truth.
-        max_detections: the most an image keeps, over all its prompts.
-        score_threshold: of the metrics that need one.
+        max_detections: so many of an image, over all its prompts, AP reads.
+        score_threshold: of the other metrics, which read every detection of at least this score.
 
     Returns:
         (summary, results): `DetectionAccumulator.summary` with `losses`, the images' mean of every
         loss term, and `iou` of the queries matched to objects; all detections as COCO results.
     """
-    accumulator = DetectionAccumulator(score_threshold, max_detections)
-    parts: dict[int, list[Detections]] = defaultdict(list)
+    found: dict[int, Detections] = {}
     sums: dict[str, float] = defaultdict(float)
     weights: dict[str, int] = defaultdict(int)
     for chunk in engine.evaluate(forward, criterion, count, batches, max_rows):
-        for image_id, found in _detect_chunk(chunk, max_detections):
-            parts[image_id].append(found)
+        _add_chunk(found, chunk, max_detections, score_threshold)
         for name, value in chunk["losses"].items():
             # A term is a mean over its batch: of objects for the IoU, else of the batch's rows.
             objects = chunk["counts"]["masked_targets"] or chunk["counts"]["targets"]
@@ -175,21 +208,63 @@ def evaluate_split(
             sums[name] += value * weight
             if chunk["rows"].start == 0:
                 weights[name] += weight
-    for image_id, found_parts in parts.items():
-        found = join_detections(found_parts, max_detections)
-        accumulator.add_image(image_id, found, found.pop("rles"))
-    seen = replace(split, images=[image for image in split.images if image["id"] in parts])
+    accumulator = DetectionAccumulator(score_threshold, max_detections)
+    for image_id, detections in found.items():
+        accumulator.add_image(image_id, detections, detections["rles"])
     means = {name: value / max(weights[name], 1) for name, value in sums.items()}
-    return {**accumulator.summary(seen), "losses": means}, accumulator.results()
+    return {**accumulator.summary(split), "losses": means}, accumulator.results()
 
 
-def _detect_chunk(chunk: dict[str, Any], max_detections: int) -> Iterator[tuple[int, Detections]]:
-    """Yields (image id, detections) of each image that has rows in a chunk of `engine.evaluate`."""
+def _add_chunk(
+    found: dict[int, Detections], chunk: dict[str, Any], max_detections: int, score_threshold: float
+) -> None:
+    """Adds a chunk of `engine.evaluate` to its images' detections so far, by image id."""
     batch, rows = chunk["batch"], chunk["rows"]
     categories, images = batch["category_ids"][rows], batch["image_index"][rows].tolist()
+    limits = max_detections, score_threshold
     for position in dict.fromkeys(images):
         own = [row for row, image in enumerate(images) if image == position]
-        size = batch["original_sizes"][position]
+        size, image_id = batch["original_sizes"][position], batch["image_ids"][position]
+        earlier, floor = found.get(image_id), 0.0
+        if earlier and len(earlier["score"]) >= max_detections:
+            # Below, a detection is neither found nor among the best: it needs no mask.
+            floor = min(score_threshold, earlier["score"][max_detections - 1])
         own_categories = [categories[row] for row in own]
-        found = detect(chunk["outputs"], own, own_categories, size, max_detections)
-        yield batch["image_ids"][position], found
+        new = detect(chunk["outputs"], own, own_categories, size, *limits, floor)
+        found[image_id] = join_detections([earlier, new] if earlier else [new], *limits)
+
+
+def write_atomically(path: Path, save: Callable[[Path], Any]) -> None:
+    """Has `save` write a file beside the target, and renames that over it; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Writes a JSON file, whole or not at all."""
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def validation_figures(summary: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the log keeps of a validation, on masks where there are any."""
+    geometry = summary["segm"] or summary["bbox"]
+    return {
+        "loss": summary["losses"]["loss"],
+        "iou": summary["losses"]["iou"],
+        "ap": geometry["AP"],
+        "ap50": geometry["AP50"],
+        "cgf1": summary["cgf1"]["cgF1"],
+        "false_positive_rate": summary["false_positive_rate"],
+    }
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """Named figures on one line."""
+    parts = [f"{k} {'undefined' if v is None else format(v, '.4g')}" for k, v in figures.items()]
+    return ", ".join(parts)

@@ -3,8 +3,9 @@
 Every category is prompted on every image. One score serves all metrics,
 `sigmoid(logit) * sigmoid(presence)`, but they read it differently:
 
-    AP            no threshold: the ranking of an image's best detections over all its prompts
-    the others    detections of score >= 0.5, matched one to one (Hungarian, highest total IoU)
+    AP            no threshold: the ranking of an image's best 100 detections over all its prompts
+    the others    every detection of score >= 0.5, however many, matched one to one (Hungarian,
+                  highest total IoU)
 
 A *pair* is (image, category): positive if the image has an object of the category, else
 negative. cgF1 = pmF1 (how well positive pairs are detected) x IL_MCC (whether prompts fire on
@@ -24,9 +25,6 @@ from scipy.optimize import linear_sum_assignment
 
 from sam3_lora.coco import CocoSplit, mask_iou, to_rle
 
-OUT_OF_DOMAIN = -1  # category_id of a row whose word is no category of the split
-SCORE_THRESHOLD = 0.5  # cgf1_eval.py, `threshold`
-MAX_DETECTIONS = 100  # per image, over all its prompts; COCO's maxDets
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 IOU_50, IOU_75 = 0, 5  # indices into IOU_THRESHOLDS
 OBJECT_EPS = 1e-4  # cgf1_eval.py, in the denominators over objects
@@ -42,43 +40,44 @@ def select_detections(
     boxes_cxcywh: Any,
     category_ids: Any,
     original_size: tuple[int, int],
-    max_detections: int = MAX_DETECTIONS,
+    max_detections: int,
+    score_threshold: float,
 ) -> Detections:
-    """The best detections of one image over all its prompts, without a threshold.
+    """The detections of one image, over all its prompts, that some metric reads.
 
     Args:
         logits: (B, Q) of the last decoder layer, tensor or array; the B rows of one image.
         presence: (B,) presence logits.
         boxes_cxcywh: (B, Q, 4) in 0..1 of the model's canvas (the plainly resized image).
-        category_ids: (B,) category of each row; `OUT_OF_DOMAIN` for any other word.
+        category_ids: (B,) category of each row.
         original_size: (H, W) of the image, pixels.
-        max_detections: how many are kept, the highest scores first.
+        max_detections: so many of the highest scores are kept, whatever they are,
+        score_threshold: and every one of at least this score.
 
     Returns:
         "row", "query", "category_id" (n,) int; "score" (n,) in 0..1, falling; "boxes_xyxy"
-        (n, 4) pixels of the original image, not clipped, as upstream; "absent_scores" (K,),
-        the highest score of each out-of-domain row. Those rows yield no detection: they
-        count in the false-positive rate only.
+        (n, 4) pixels of the original image, not clipped, as upstream.
 
     Source: eval/postprocessors.py (score, scaling), eval/coco_writer.py (best over prompts).
     """
     scores = _sigmoid(_numpy(logits)) * _sigmoid(_numpy(presence))[:, None]  # (B, Q)
-    categories = _numpy(category_ids).astype(np.int64)
-    real = categories != OUT_OF_DOMAIN
-    rows = np.flatnonzero(real)
-    best = np.argsort(-scores[rows].ravel(), kind="stable")[:max_detections]
-    index, query = np.unravel_index(best, (len(rows), scores.shape[1]))
-    row = rows[index]
+    best = rank_scores(scores.ravel(), max_detections, score_threshold)
+    row, query = np.unravel_index(best, scores.shape)
     cx, cy, w, h = np.moveaxis(_numpy(boxes_cxcywh)[row, query], -1, 0)  # (n,) each
     boxes = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=-1)
     return {
         "row": row,
         "query": query,
-        "category_id": categories[row],
+        "category_id": np.asarray(category_ids, dtype=np.int64)[row],
         "score": scores[row, query],
         "boxes_xyxy": boxes * np.tile(original_size[::-1], 2),
-        "absent_scores": scores[~real].max(axis=1, initial=0.0),
     }
+
+
+def rank_scores(scores: np.ndarray, max_detections: int, score_threshold: float) -> np.ndarray:
+    """Indices of the highest `max_detections` scores and of all >= the threshold, falling."""
+    count = max(max_detections, int((scores >= score_threshold).sum()))
+    return np.argsort(-scores, kind="stable")[:count]
 
 
 def _numpy(values: Any) -> np.ndarray:
@@ -112,24 +111,22 @@ def coco_results(image_id: int, found: Detections, rles: list[dict] | None = Non
     return results
 
 
-def coco_ap(
-    split: CocoSplit, results: list[dict], iou_type: str, max_detections: int = MAX_DETECTIONS
-) -> dict[str, Any]:
+def coco_ap(split: CocoSplit, results: list[dict], iou_type: str) -> dict[str, Any]:
     """COCO average precision by pycocotools, all areas.
 
     Args:
         split: the ground truth. Crowds are regions to ignore, as in pycocotools; for masks,
             so are the boxes of objects that have no mask.
-        results: COCO results (see `coco_results`) on images of the split, possibly none.
+        results: COCO results (see `coco_results`) on images of the split, possibly none; all of
+            them count, so cut each image's to its best before.
         iou_type: "bbox", or "segm" where each result has a "segmentation".
-        max_detections: maxDets, per image and category; these figures read the largest only.
 
     Returns:
         "AP" (mean over IoU 0.50 to 0.95), "AP50", "AP75", each in 0..1, or None with no
         object to find; "per_category", a list in the split's order of dicts {category_id,
         name, prompt, objects, AP, AP50}, where objects counts those that are not crowds.
     """
-    precision = _precision(split, results, iou_type, max_detections)
+    precision = _precision(split, results, iou_type)
     columns = {category_id: k for k, category_id in enumerate(sorted(split.categories))}
     objects = Counter(a["category_id"] for _, a in _annotations(split) if not a["iscrowd"])
     per_category = [
@@ -152,7 +149,7 @@ def _annotations(split: CocoSplit) -> Iterator[tuple[dict, dict]]:
     return ((image, a) for image in split.images for a in split.annotations[image["id"]])
 
 
-def _precision(split: CocoSplit, results: list[dict], iou_type: str, max_dets: int) -> np.ndarray:
+def _precision(split: CocoSplit, results: list[dict], iou_type: str) -> np.ndarray:
     """COCOeval's precision (10 IoUs, 101 recalls, categories by id); -1 is undefined."""
     truth = []
     for image, a in _annotations(split):
@@ -169,7 +166,7 @@ def _precision(split: CocoSplit, results: list[dict], iou_type: str, max_dets: i
     found = [{**r, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for r in results]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = COCOeval(_coco_index(split, truth), _coco_index(split, found), iou_type)
-        evaluation.params.maxDets = [max_dets]
+        evaluation.params.maxDets = [max(len(found), 1)]  # per image and category: no limit
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [ALL_AREAS], ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
@@ -287,9 +284,8 @@ def _f1(precision: Any, recall: Any, eps: float) -> Any:
 class DetectionAccumulator:
     """Collects the detections of a split, image by image, and sums them up."""
 
-    def __init__(
-        self, score_threshold: float = SCORE_THRESHOLD, max_detections: int = MAX_DETECTIONS
-    ) -> None:
+    def __init__(self, score_threshold: float, max_detections: int) -> None:
+        """Takes the lowest score that counts as found, and how many of an image AP reads."""
         self.score_threshold = score_threshold
         self.max_detections = max_detections
         self._images: dict[int, tuple[Detections, list[dict] | None]] = {}
@@ -301,7 +297,7 @@ class DetectionAccumulator:
 
         Args:
             image_id: id in the split.
-            detections: as `select_detections` returns; "absent_scores" may be missing.
+            detections: as `select_detections` returns, by the same two limits.
             rles: each detection's mask as compressed RLE of the image's size; None leaves
                 the split without mask metrics.
 
@@ -315,9 +311,10 @@ class DetectionAccumulator:
             raise ValueError(f"image {image_id}: expected {expected} masks, found {len(rles)}")
         self._images[image_id] = detections, rles
 
-    def results(self) -> list[dict]:
-        """All detections as COCO results."""
-        return [r for i, image in self._images.items() for r in coco_results(i, *image)]
+    def results(self, most: int | None = None) -> list[dict]:
+        """All detections, or the `most` best of each image, as COCO results."""
+        rows = (coco_results(image_id, *image) for image_id, image in self._images.items())
+        return [r for own in rows for r in sorted(own, key=lambda r: -r["score"])[:most]]
 
     def summary(self, split: CocoSplit) -> dict[str, Any]:
         """All metrics of the split, over every image of it x every category.
@@ -330,8 +327,8 @@ class DetectionAccumulator:
             "bbox" and "segm" (`coco_ap`; segm None without masks), "cgf1" (`cgf1` with
             "iou_type": "segm" if every object has a mask, else "bbox"), "mask_iou" and
             "box_iou" (`mean_object_iou`), "false_positive_rate" (share of pairs without any
-            annotation, and of out-of-domain rows, that have a detection of score >=
-            threshold), "score_threshold" and "counts". Undefined is None.
+            annotation that have a detection of score >= threshold), "score_threshold" and
+            "counts". Undefined is None.
 
         Raises:
             ValueError: the images added are not those of the split, a detection's category
@@ -345,11 +342,11 @@ class DetectionAccumulator:
         box_ious = list(self._pair_ious(split, "bbox"))
         mask_ious = list(self._pair_ious(split, "segm")) if use_masks else []
         cgf1_on_masks = use_masks and with_mask == len(objects)
-        results, cap = self.results(), self.max_detections
+        ranked = self.results(self.max_detections)
         fired, absent = self._count_absent(split)
         return {
-            "bbox": coco_ap(split, results, "bbox", cap),
-            "segm": coco_ap(split, results, "segm", cap) if use_masks else None,
+            "bbox": coco_ap(split, ranked, "bbox"),
+            "segm": coco_ap(split, ranked, "segm") if use_masks else None,
             "cgf1": {
                 "iou_type": "segm" if cgf1_on_masks else "bbox",
                 **cgf1(mask_ious if cgf1_on_masks else box_ious),
@@ -415,9 +412,8 @@ class DetectionAccumulator:
             fired = set(np.asarray(found["category_id"])[kept].tolist())
             present = {a["category_id"] for a in split.annotations[image["id"]]}
             absent = split.categories.keys() - present
-            words = np.asarray(found.get("absent_scores", ()))
-            hits += len(absent & fired) + int((words >= self.score_threshold).sum())
-            total += len(absent) + len(words)
+            hits += len(absent & fired)
+            total += len(absent)
         return hits, total
 
 

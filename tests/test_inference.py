@@ -101,7 +101,7 @@ def test_outputs_of_each_kind_of_prompt(run, photo, tmp_path, words, prompts) ->
     assert code == 0
     with Image.open(output) as image:
         assert (image.size, image.mode) == (SIZE, "RGB")
-    rows = read_json(output.with_suffix(".json"))
+    rows = read_json(tmp_path / "new" / "result_detections.json")
     assert {row["prompt"] for row in rows} == set(prompts)
     for row in rows:
         assert prompts[row["category_id"] - 1] == row["prompt"]
@@ -130,7 +130,7 @@ def test_json_of_a_folder_loads_as_coco_results(run, tmp_path) -> None:
         "--image", folder, "--text_prompt", "x", "y", "--json", target, "--output", output
     )
     assert code == 0 and [line.split(":")[0] for line in lines] == ["a.jpg", "b.png"]
-    assert {path.name for path in output.iterdir()} == {"a.png", "b.png"}
+    assert {path.name for path in output.iterdir()} == {"a_overlay.png", "b_overlay.png"}
     truth = COCO()
     truth.dataset = {
         "images": [{"id": i, "width": SIZE[0], "height": SIZE[1]} for i in (1, 2)],
@@ -165,18 +165,19 @@ def test_images_of_every_kind_give_outputs_of_their_size(run, tmp_path) -> None:
     code, _, err = run("--image", folder / "turned.jpg", "--bboxes", box, "--output", output)
     assert code == 0, err
     assert run("--image", folder, "--text_prompt", "x", "--output", tmp_path / "out")[0] == 0
-    sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").glob("*.png")}
-    turned = sizes.pop("turned.png")
-    assert turned == Image.open(output / "turned.png").size == SIZE[::-1]
-    assert set(sizes) == {"grey.png", "alpha.png", "deep.png.png", "deep.tif.png"}
+    overlays = (tmp_path / "out").glob("*_overlay.png")
+    sizes = {p.name.removesuffix("_overlay.png"): Image.open(p).size for p in overlays}
+    turned = sizes.pop("turned")
+    assert turned == Image.open(output / "turned_overlay.png").size == SIZE[::-1]
+    assert set(sizes) == {"grey", "alpha", "deep.png", "deep.tif"}
     assert set(sizes.values()) == {SIZE}
-    for row in read_json(tmp_path / "out" / "turned.json"):
+    for row in read_json(tmp_path / "out" / "turned_detections.json"):
         assert row["segmentation"]["size"] == list(SIZE)
 
 
 def test_an_adapter_changes_scores_and_a_zero_one_does_not(run, photo, tmp_path, adapters) -> None:
     def scored(name, *words, base):
-        target = tmp_path / f"{name}.json"
+        target = tmp_path / f"{name}_detections.json"
         words += ("--image", photo, "--text_prompt", "car", "--output", tmp_path / f"{name}.png")
         code, _, err = run(*words, base=base)
         assert code == 0, err
@@ -221,7 +222,7 @@ def test_prompts_share_one_vision_pass(run, photo, tmp_path, monkeypatch) -> Non
     assert len(calls) == 1
     run(*words, "--output", tmp_path / "cut.png", "--max_rows_per_forward", 2)
     assert len(calls) == 2
-    whole, cut = (sorted(scores(tmp_path / f"{name}.json")) for name in ("one", "cut"))
+    whole, cut = (sorted(scores(tmp_path / f"{name}_detections.json")) for name in ("one", "cut"))
     assert np.allclose(whole, cut, atol=1e-5)
 
 
@@ -249,7 +250,7 @@ def test_threshold_leaves_nothing_but_still_names_the_best_score(run, photo, tmp
     code, lines, _ = run(
         "--image", photo, "--text_prompt", "x", "--threshold", 1, "--output", output
     )
-    assert code == 0 and read_json(tmp_path / "r.json") == []
+    assert code == 0 and read_json(tmp_path / "r_detections.json") == []
     assert "x 0, best score 0." in lines[0] and "best score 0.000" not in lines[0]
     assert np.array_equal(np.asarray(Image.open(output)), read_image(photo))
 
@@ -301,12 +302,12 @@ def test_filters_reach_the_outputs(run, photo, tmp_path) -> None:
     words = ["--image", photo, "--bboxes", "[[0, 0, 96, 64], [0, 0, 5, 5]]"]
     words += ["--bbox_labels", "[1, 0]", "--output", tmp_path / "r.png"]
     run(*words)
-    everything = read_json(tmp_path / "r.json")
+    everything = read_json(tmp_path / "r_detections.json")
     run(*words, "--only_boxed", "--nms_iou", 0)
-    assert 0 < len(read_json(tmp_path / "r.json")) < len(everything)
+    assert 0 < len(read_json(tmp_path / "r_detections.json")) < len(everything)
     tiny_box = ["--bboxes", "[[0, 0, 1, 1]]", "--only_boxed", "--output", tmp_path / "s.png"]
     run("--image", photo, *tiny_box)
-    assert read_json(tmp_path / "s.json") == []
+    assert read_json(tmp_path / "s_detections.json") == []
 
 
 REFUSED = {
@@ -425,26 +426,22 @@ def test_bad_adapters_are_refused(run, photo, tmp_path, adapters, kind, message)
     assert re.search(message, refusal(run(*words), out))
 
 
-def test_only_files_that_were_named_or_are_ours_are_replaced(run, photo, tmp_path) -> None:
+def test_no_file_that_was_not_named_is_replaced(run, photo, tmp_path) -> None:
     words = ["--image", photo, "--text_prompt", "x"]
     labels = tmp_path / "photo.json"
     labels.write_text('{"shapes": []}', encoding="utf-8")
-    before = photo.read_bytes()
-    for output, message in [
-        (tmp_path, "photo.json exists and was not written by this script"),
-        (tmp_path / "photo.png", "photo.json exists and was not written by this script"),
-        (photo, "photo.jpg is a folder, an input, or the name of two outputs"),
-        (tmp_path / "sub" / ".." / "photo.jpg", "an input, or"),
-    ]:
+    stranger = save_photo(tmp_path / "photo.png")
+    before = {path: path.read_bytes() for path in (photo, labels, stranger)}
+    for output in (photo, tmp_path / "sub" / ".." / "photo.jpg"):
         code, _, err = run(*words, "--output", output)
-        assert code == 2 and message in err
+        assert code == 2 and "photo.jpg is a folder, an input, or the name of two outputs" in err
     code, _, err = run(*words, "--output", tmp_path / "r.png", "--json", tmp_path / "r.png")
     assert code == 2 and "the name of two outputs" in err
-    assert photo.read_bytes() == before and labels.read_text(encoding="utf-8") == '{"shapes": []}'
-    assert {path.name for path in tmp_path.iterdir()} == {"photo.jpg", "photo.json"}
-    stranger = save_photo(tmp_path / "photo.png")
-    code, _, err = run(*words, "--output", tmp_path, "--json", tmp_path / "r.json")
-    assert code == 2 and "photo.png exists and was not written" in err
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in before}
+    assert run(*words, "--output", tmp_path, "--save_masks")[0] == 0
+    assert {path: path.read_bytes() for path in before} == before
+    new = {path.name for path in tmp_path.iterdir()} - {path.name for path in before}
+    assert new == {"photo_overlay.png", "photo_detections.json", "photo_masks"}
     assert run(*words, "--output", stranger, "--json", labels)[0] == 0
     assert isinstance(read_json(labels), list)
 
@@ -453,18 +450,30 @@ def test_a_second_run_replaces_its_outputs_and_sets_masks_aside(run, photo, tmp_
     out = tmp_path / "out"
     words = ["--image", photo, "--text_prompt", "x", "--output", out, "--save_masks"]
     assert run(*words)[0] == 0
-    first = len(read_json(out / "photo.json"))
+    first = len(read_json(out / "photo_detections.json"))
     code, _, err = run(*words, "--nms_iou", 0)
     assert code == 0 and "renamed to" in err
     assert len(list((out / "photo_masks.1").iterdir())) == first
-    count = len(read_json(out / "photo.json"))
+    count = len(read_json(out / "photo_detections.json"))
     assert len(list((out / "photo_masks").iterdir())) == count < first
-    assert {path.name for path in out.iterdir()} == {
-        "photo.png",
-        "photo.json",
-        "photo_masks",
-        "photo_masks.1",
-    }
+    names = {"photo_overlay.png", "photo_detections.json", "photo_masks", "photo_masks.1"}
+    assert {path.name for path in out.iterdir()} == names
+
+
+def test_a_class_name_stands_for_its_trained_phrase(run, photo, tmp_path, adapters) -> None:
+    content = torch.load(adapters / "trained.pt", weights_only=True)
+    content["categories"] = {"bottle_cap": "bottle cap", "lid": "cap", "cap": "red cap"}
+    torch.save(content, tmp_path / "a.pt")
+    words = ["--image", photo, "--lora_weights", tmp_path / "a.pt", "--output", tmp_path / "r.png"]
+    # "cap" is a class, but also the phrase of another, which was surely meant for itself.
+    words += ["--text_prompt", "bottle_cap", "bottle cap", "cap", "dog"]
+    code, lines, err = run(*words, base=False)
+    assert code == 0
+    rows = read_json(tmp_path / "r_detections.json")
+    names = {1: "bottle cap", 2: "cap", 3: "dog"}
+    assert {row["category_id"]: row["prompt"] for row in rows} == names
+    assert "prompt 'bottle_cap': the adapter was trained with 'bottle cap'" in err
+    assert err.count("which is used") == 1
 
 
 def test_a_folder_of_images_needs_a_folder(run, photo, tmp_path) -> None:

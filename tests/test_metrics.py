@@ -27,6 +27,7 @@ from sam3_lora.metrics import (
 GOLDEN = Path(__file__).parent / "golden"
 SIDE = 100  # of the images made here, pixels
 NONE = np.zeros((0, 0))  # a negative pair without detections
+LIMITS = {"score_threshold": 0.5, "max_detections": 100}
 
 
 def split_of(annotations: dict[int, list[dict]], categories: dict[int, str]) -> CocoSplit:
@@ -70,7 +71,7 @@ def found(*rows):
 
 def summary_of(split, images, **options):
     """The summary when each image of `images` {id: (detections, rles)} was added."""
-    accumulator = DetectionAccumulator(**options)
+    accumulator = DetectionAccumulator(**LIMITS | options)
     for image_id, (detections, rles) in images.items():
         accumulator.add_image(image_id, detections, rles)
     return accumulator.summary(split)
@@ -273,7 +274,7 @@ def plain_pycocotools(split, results, kind, folder):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ap_is_that_of_plain_pycocotools(seed, kind, tmp_path, capsys):
     split, images = random_case(seed)
-    accumulator = DetectionAccumulator()
+    accumulator = DetectionAccumulator(**LIMITS)
     for image_id, image in images.items():
         accumulator.add_image(image_id, *image)
     ap = accumulator.summary(split)[kind]
@@ -334,12 +335,23 @@ def test_mask_and_box_iou_count_the_missed():
 
 
 def test_false_positive_rate_by_hand():
-    # Absent pairs: cow on image 1, all three on image 2, and two other words on image 2.
+    # Absent pairs: cow on image 1, all three on image 2.
     absent = found((1, 0.5, [0, 0, 9, 9]), (1, 0.9, [0, 0, 9, 9]), (2, 0.49, [0, 0, 9, 9]))
-    absent[0]["absent_scores"] = np.array([0.6, 0.1])
     summary = summary_of(two_images(), {1: found(*PERFECT), 2: absent})
-    assert summary["false_positive_rate"] == pytest.approx(2 / 6)
-    assert summary["counts"]["absent_pairs"] == 6
+    assert summary["false_positive_rate"] == pytest.approx(1 / 4)
+    assert summary["counts"]["absent_pairs"] == 4
+
+
+def test_ap_reads_an_images_best_and_the_others_all_that_score():
+    # In this order, so that the limit must look at the scores. AP reads the two dogs alone.
+    image = found(PERFECT[2], *PERFECT[:2], (3, 0.6, [0, 0, 9, 9]))
+    summary = summary_of(two_images(), {1: image, 2: found()}, max_detections=2)
+    for kind in ("bbox", "segm"):
+        assert [c["AP"] for c in summary[kind]["per_category"]] == pytest.approx([1, 0, None])
+    assert summary["mask_iou"] == summary["box_iou"] == pytest.approx(1)
+    assert summary["cgf1"]["IL_recall"] == pytest.approx(1)
+    assert summary["cgf1"]["IL_FPR"] == pytest.approx(1 / 4)
+    assert summary["false_positive_rate"] == 1 / 4 and summary["counts"]["detections"] == 4
 
 
 def test_without_predicted_masks_there_are_box_metrics_only():
@@ -365,7 +377,7 @@ def test_what_would_be_silently_wrong_is_refused():
     small = [encode_mask(np.ones((50, 50), dtype=bool))]
     with pytest.raises(ValueError, match=r"expected a mask of \(H, W\) \[100, 100\], found"):
         summary_of(split, {1: (detections, small), 2: found()})
-    accumulator = DetectionAccumulator()
+    accumulator = DetectionAccumulator(**LIMITS)
     accumulator.add_image(1, detections)
     with pytest.raises(ValueError, match="image 1 was added before"):
         accumulator.add_image(1, detections)
@@ -377,7 +389,7 @@ def test_score_is_the_product_and_boxes_are_the_photos():
     logits = torch.tensor([[0.0, 2.0], [-1.0, 3.0]])
     presence = torch.tensor([1.0, -1.0])
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4]] * 2, [[0.1, 0.1, 0.4, 0.1]] * 2])
-    result = select_detections(logits, presence, boxes, torch.tensor([7, 9]), (50, 200))
+    result = select_detections(logits, presence, boxes, [7, 9], (50, 200), 100, 0.5)
     product = (logits.sigmoid() * presence.sigmoid()[:, None]).double().numpy()
     order = np.argsort(-product.ravel())
     assert result["score"] == pytest.approx(product.ravel()[order], rel=1e-5)
@@ -389,33 +401,32 @@ def test_score_is_the_product_and_boxes_are_the_photos():
     assert of_9[0] == pytest.approx([-20, 2.5, 60, 7.5])  # not clipped
 
 
-def test_selection_is_over_all_prompts_and_leaves_other_words_out():
+def test_selection_is_of_the_best_and_of_all_that_score():
     rng = np.random.default_rng(0)
     logits, boxes = rng.normal(size=(3, 60)), rng.random((3, 60, 4))
-    logits[1, 7] = 9.0
-    result = select_detections(logits, np.full(3, 5.0), boxes, [2, -1, 4], (10, 10))
-    assert len(result["score"]) == 100 and set(result["row"]) == {0, 2}
-    assert (np.diff(result["score"]) <= 0).all()
-    assert set(result["category_id"]) == {2, 4}
-    sigmoid = 1 / (1 + np.exp(-np.array([9.0, 5.0])))
-    assert result["absent_scores"] == pytest.approx([sigmoid.prod()])
-    five = select_detections(logits, np.full(3, 5.0), boxes, [2, -1, 4], (10, 10), 5)
-    assert five["score"].tolist() == result["score"][:5].tolist()
+    given = logits, np.full(3, 5.0), boxes, [2, 3, 4], (10, 10)
+    hundred = select_detections(*given, 100, 1.0)
+    assert len(hundred["score"]) == 100 and set(hundred["category_id"]) == {2, 3, 4}
+    assert (np.diff(hundred["score"]) <= 0).all()
+    five = select_detections(*given, 5, 1.0)
+    assert five["score"].tolist() == hundred["score"][:5].tolist()
+    count = (hundred["score"] >= 0.5).sum()
+    assert 5 < count < 100
+    for most, threshold, expected in ((5, 0.5, count), (100, 0.5, 100), (5, 0.0, 180)):
+        assert len(select_detections(*given, most, threshold)["score"]) == expected
+    exact = float(hundred["score"][20])
+    assert len(select_detections(*given, 5, exact)["score"]) == 21
 
 
-@pytest.mark.parametrize("rows", [0, 2])
-def test_selection_without_a_prompt_of_the_split(rows):
-    shape = (rows, 3)
-    result = select_detections(
-        np.zeros(shape), np.zeros(rows), np.zeros((*shape, 4)), [-1] * rows, (4, 5)
-    )
+def test_selection_without_a_prompt():
+    given = np.zeros((0, 3)), np.zeros(0), np.zeros((0, 3, 4)), [], (4, 5)
+    result = select_detections(*given, 100, 0.5)
     assert result["boxes_xyxy"].shape == (0, 4) and len(result["score"]) == 0
-    assert result["absent_scores"].tolist() == [0.25] * rows
 
 
 def test_scores_of_low_logits_keep_their_order_and_bf16_is_read():
     logits = torch.tensor([[-60.0, -50.0, -100.0]], dtype=torch.bfloat16)
-    result = select_detections(logits, torch.zeros(1), torch.zeros(1, 3, 4), [1], (9, 9))
+    result = select_detections(logits, torch.zeros(1), torch.zeros(1, 3, 4), [1], (9, 9), 100, 0.5)
     assert result["query"].tolist() == [1, 0, 2] and result["score"].min() > 0
 
 
