@@ -14,14 +14,12 @@ Writes to output_dir:
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import math
-import platform
 import shutil
-import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,20 +39,21 @@ from lora_layers import (
     lora_table,
 )
 from sam3_lora import checkpoint, engine
-from sam3_lora.coco import CocoSplit, DatasetError, read_split, sibling_val
+from sam3_lora.coco import CocoSplit, DatasetError, check_images, read_split, sibling_val
 from sam3_lora.config import (
     Config,
     ConfigError,
     FlagParser,
     add_config_flags,
     config_from_args,
+    load_config,
     save_config,
     setup_logging,
     user_errors,
 )
 from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches
 from sam3_lora.drawing import draw_curves
-from sam3_lora.evaluation import evaluate_split
+from sam3_lora.evaluation import describe, evaluate_split, validation_figures
 from sam3_lora.forward import Forward
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import (
@@ -72,6 +71,11 @@ log = logging.getLogger("train")
 
 # The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
 LONGEST_WARMUP = 0.1
+# Settings that a resumed run may change: how long, how often; none that steps done depend on.
+MAY_CHANGE = (
+    *("num_epochs", "max_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("train_data_path", "val_data_path", "init_lora_weights"),
+)
 
 
 @dataclass
@@ -88,10 +92,21 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     step: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)  # since the last line of the log
     best: list[float] | None = None
     evaluated: int = -1  # step of the last evaluation
     figure: list[float] | None = None  # of the last evaluation
     val: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs in all, the last of which may be cut short."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Those asked for, but no more than a tenth of the run."""
+        return min(self.config.training.warmup_steps, int(LONGEST_WARMUP * self.total_steps))
 
     @property
     def folder(self) -> Path:
@@ -122,13 +137,14 @@ def read_splits(config: Config) -> tuple[CocoSplit, CocoSplit | None]:
     """The training split and the validation split, if there is one."""
     train_path = config.training.train_data_path
     train_split = read_split(train_path)
+    check_images(train_split)
     val_path = config.training.val_data_path or sibling_val(train_path)
     if val_path is None:
-        log.warning("no val/ beside %s: the last adapter will be the best_model", train_path)
         return train_split, None
     val_split = read_split(val_path)
-    limit = config.evaluation.max_val_images
-    return train_split, replace(val_split, images=val_split.images[:limit])
+    val_split = replace(val_split, images=val_split.images[: config.evaluation.max_val_images])
+    check_images(val_split)
+    return train_split, val_split
 
 
 def build_datasets(
@@ -152,13 +168,17 @@ def build_datasets(
     val_set = None
     if splits[1] is not None:
         val_set = PromptDataset(splits[1], size, queries, train=False)
-    if not train_set.has_masks():
-        log.warning("the training split has no masks: training on boxes, without the mask loss")
-        if lora_config(config).components == ("mask_decoder",):
-            raise ConfigError(
-                "lora.apply_to_*: the mask decoder alone cannot learn from data without masks; "
-                "add --lora_apply_to_detr_decoder true"
-            )
+    components = lora_config(config).components
+    if components == ("mask_decoder",) and not train_set.has_masks():
+        raise ConfigError(
+            "lora.apply_to_*: the mask decoder alone cannot learn from data without masks; add "
+            "--lora_apply_to_detr_decoder true"
+        )
+    if components == ("geometry_encoder",) and config.model.geometry_cls == "hf":
+        raise ConfigError(
+            "lora.apply_to_*: with model.geometry_cls hf text prompts do not use the geometry "
+            "encoder, so it alone cannot learn; add --lora_apply_to_detr_decoder true"
+        )
     return train_set, val_set
 
 
@@ -166,18 +186,10 @@ def adapt(config: Config, model: torch.nn.Module) -> LoRAConfig:
     """Puts the adapters in, fresh or from `init_lora_weights`."""
     lora = lora_config(config)
     start = config.training.init_lora_weights
-    content = checkpoint.read_adapter(start) if start else None
-    if content:
-        checkpoint.check_base(content, model, start)
-        if content["lora_config"] != lora:
-            raise AdapterError(
-                f"init_lora_weights {start}: expected an adapter of this run's settings ({lora}), "
-                f"found {content['lora_config']}; set the lora section to these"
-            )
+    state = checkpoint.read_weights(start, model, lora) if start else None
     apply_lora(model, lora)
-    if content:
-        load_lora_state_dict(model, content["lora"])
-    log.info("adapters:\n%s", lora_table(model))
+    if state:
+        load_lora_state_dict(model, state)
     return lora
 
 
@@ -193,7 +205,6 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
     model.to(device)
     batches = math.ceil(len(train_set) / training.batch_size)
     steps_per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    total = steps_per_epoch * training.num_epochs
     return Run(
         config=config,
         lora=lora,
@@ -210,66 +221,100 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         optimizer=engine.build_optimizer(model, training.learning_rate, training.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         steps_per_epoch=steps_per_epoch,
-        total_steps=min(total, training.max_steps or total),
+        total_steps=training.max_steps or steps_per_epoch * training.num_epochs,
     )
+
+
+def check_folder(config: Config) -> None:
+    """Refuses an output_dir whose files are not a run's: they would be moved or replaced."""
+    folder = config.output.output_dir
+    files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if folder.is_file() or (set(files) - {".gitkeep"} and not checkpoint.is_run(folder)):
+        raise ConfigError(
+            f"output_dir: expected a new folder or an earlier run, found {folder} with other files "
+            f"({', '.join(sorted(files)[:3])}); name another with --output_dir"
+        )
+    if config.output.resume and not checkpoint.checkpoints(folder):
+        raise ConfigError(
+            f"--resume: expected checkpoint-<step>/ in {folder}, found none; start without it"
+        )
 
 
 def open_folder(run: Run) -> None:
     """Makes the run's folder; an earlier run is set aside, replaced or (--resume) continued."""
     output = run.config.output
+    moved = None
     if output.resume:
         resume(run)
-    elif output.overwrite:
-        shutil.rmtree(run.folder, ignore_errors=True)
-    elif moved := checkpoint.set_aside(run.folder):
-        log.warning("%s held an earlier run: renamed to %s", run.folder, moved)
+    elif output.overwrite and run.folder.exists():
+        shutil.rmtree(run.folder)
+    else:
+        moved = checkpoint.set_aside(run.folder)
     setup_logging(run.folder / "train.log")
     save_config(run.config, run.folder / "config.yaml")
     trainable, base = count_parameters(run.forward.model)
     log.info(
-        "sam3-lora %s, python %s, torch %s, transformers %s, %s, %s: %s trainable of %s (%.3f %%)",
-        git_commit(),
-        platform.python_version(),
-        torch.__version__,
-        importlib.metadata.version("transformers"),
+        "%s, %s, %s: %s trainable of %s (%.3f %%)",
+        engine.environment(Path(__file__)),
         run.forward.device,
         str(run.forward.dtype).removeprefix("torch."),
         f"{trainable:,}",
         f"{base:,}",
         100 * trainable / base,
     )
+    if moved:
+        log.warning("%s held an earlier run: renamed to %s", run.folder, moved)
+    describe_run(run)
 
 
-def git_commit() -> str:
-    """The commit this file is at, or `unknown` outside a clone."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def describe_run(run: Run) -> None:
+    """Logs what is trained, on what, and what the data does not allow."""
+    log.info("adapters:\n%s", lora_table(run.forward.model))
+    log.info(
+        "%d images, %d categories, %d steps in %d epochs",
+        len(run.train_set),
+        len(run.train_set.split.categories),
+        run.total_steps,
+        run.epochs,
+    )
+    if run.val_set is None:
+        log.warning("no validation split: the last adapter will be the best_model")
+    if not run.forward.masks:
+        log.warning("the training split has no masks: training on boxes, without the mask loss")
+    if run.warmup_steps < run.config.training.warmup_steps:
+        log.warning("warmup_steps: %d, a tenth of this short run", run.warmup_steps)
 
 
 def resume(run: Run) -> None:
     """Goes on from the newest checkpoint: adapter, optimizer, random state, best figure."""
-    found = checkpoint.checkpoints(run.folder)
-    if not found:
-        raise ConfigError(
-            f"--resume: expected checkpoint-<step>/ in {run.folder}, found none; start without it"
-        )
-    content = checkpoint.read_adapter(found[-1])
-    checkpoint.check_base(content, run.forward.model, found[-1])
+    check_same_settings(run.config, load_config(run.folder / "config.yaml", {}))
+    newest = checkpoint.checkpoints(run.folder)[-1]
+    content = checkpoint.read_adapter(newest)
+    checkpoint.check_base(content, run.forward.model, newest)
     load_lora_state_dict(run.forward.model, content["lora"])
-    state = checkpoint.read_checkpoint(found[-1])
+    state = checkpoint.read_checkpoint(newest)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.step, run.best, run.figure = state["step"], state["best"], state["figure"]
+    run.evaluated = run.step if run.figure else -1
     checkpoint.restore_rng(state["rng"])
-    log_file = run.folder / "log.jsonl"
-    if log_file.exists():
-        rows = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
-        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
-        log_file.write_text(kept, encoding="utf-8")
-    log.info("resuming from %s", found[-1])
+    checkpoint.cut_log(run.folder / "log.jsonl", run.step)
+    log.info("resuming from %s", newest)
+
+
+def check_same_settings(config: Config, earlier: Config) -> None:
+    """Raises ConfigError where a resumed run asks for other settings than it began with."""
+    changed = [
+        f"{section}.{key} {old!r} -> {value!r}"
+        for section in ("model", "lora", "training")
+        for key, value in vars(getattr(config, section)).items()
+        if key not in MAY_CHANGE and (old := getattr(getattr(earlier, section), key)) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume: expected the settings that the run began with, found {'; '.join(changed)}; "
+            "leave these, or start a new run with --init_lora_weights"
+        )
 
 
 def append_log(run: Run, row: dict[str, Any]) -> None:
@@ -286,16 +331,18 @@ def evaluate_now(run: Run) -> None:
     forward = replace(run.forward, one_to_many=False)
     forward.model.eval()
     batches = epoch_batches(len(run.val_set), 1, 0, 0, shuffle=False)
-    summary, _ = evaluate_split(
-        forward,
-        criterion_of(config),
-        count_targets,
-        build_loader(run.val_set, batches, config.hardware.num_workers),
-        run.val_set.split,
-        max_rows=config.hardware.max_rows_per_forward,
-        max_detections=config.evaluation.max_detections,
-        score_threshold=config.evaluation.score_threshold,
-    )
+    # Point sampling draws random numbers: those of training go on as if nothing had been evaluated.
+    with torch.random.fork_rng():
+        summary, _ = evaluate_split(
+            forward,
+            criterion_of(config),
+            count_targets,
+            build_loader(run.val_set, batches, config.hardware.num_workers),
+            run.val_set.split,
+            max_rows=config.hardware.max_rows_per_forward,
+            max_detections=config.evaluation.max_detections,
+            score_threshold=config.evaluation.score_threshold,
+        )
     run.evaluated = run.step
     run.val = validation_figures(summary)
     chosen = run.val[config.evaluation.best_metric]
@@ -308,25 +355,6 @@ def evaluate_now(run: Run) -> None:
     if run.best is None or run.figure > run.best:
         run.best = run.figure
         save_model(run, "best_model")
-
-
-def validation_figures(summary: dict[str, Any]) -> dict[str, Any]:
-    """The figures that the log keeps of a validation, on masks where there are any."""
-    geometry = summary["segm"] or summary["bbox"]
-    return {
-        "loss": summary["losses"]["loss"],
-        "iou": summary["losses"]["iou"],
-        "ap": geometry["AP"],
-        "ap50": geometry["AP50"],
-        "cgf1": summary["cgf1"]["cgF1"],
-        "false_positive_rate": summary["false_positive_rate"],
-    }
-
-
-def describe(figures: dict[str, Any]) -> str:
-    """Named figures on one line."""
-    parts = [f"{k} {'undefined' if v is None else format(v, '.4g')}" for k, v in figures.items()]
-    return ", ".join(parts)
 
 
 def adapter_description(run: Run) -> dict[str, Any]:
@@ -370,52 +398,76 @@ def criterion_of(config: Config) -> engine.Criterion:
     return partial(compute_losses, pos_weight=training.pos_weight, mask_loss=training.mask_loss)
 
 
-def train_epoch(run: Run, epoch: int) -> None:
-    """One epoch from where the run stands: steps, log lines, evaluations and checkpoints."""
-    training, output = run.config.training, run.config.output
+def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
+    """The rest of an epoch as `engine.train_one_epoch` takes it, and its number of steps."""
+    training, hardware = run.config.training, run.config.hardware
     done = run.step - epoch * run.steps_per_epoch
+    steps = min(run.steps_per_epoch - done, run.total_steps - run.step)
     batches = epoch_batches(
         len(run.train_set), training.batch_size, epoch, training.seed, shuffle=True
-    )[done * training.gradient_accumulation_steps :]
-    steps = min(run.steps_per_epoch - done, run.total_steps - run.step)
-    batches = batches[: steps * training.gradient_accumulation_steps]
-    warmup = min(training.warmup_steps, int(LONGEST_WARMUP * run.total_steps))
-    device = run.forward.device
-    loader = build_loader(
-        run.train_set, batches, run.config.hardware.num_workers, pin=device.type == "cuda"
     )
-    train_adapted(run.forward.model)
+    first, last = (n * training.gradient_accumulation_steps for n in (done, done + steps))
+    pin = run.forward.device.type == "cuda"
     records = engine.train_one_epoch(
         run.forward,
         criterion_of(run.config),
         count_targets,
-        loader,
+        build_loader(run.train_set, batches[first:last], hardware.num_workers, pin=pin),
         run.optimizer,
-        lambda step: engine.lr_factor(training.lr_schedule, step, run.total_steps, warmup),
+        lambda s: engine.lr_factor(training.lr_schedule, s, run.total_steps, run.warmup_steps),
         step=run.step,
         accumulation=training.gradient_accumulation_steps,
         max_grad_norm=training.max_grad_norm,
-        max_rows=run.config.hardware.max_rows_per_forward,
+        max_rows=hardware.max_rows_per_forward,
         scaler=run.scaler,
     )
-    window = engine.Window()
-    with tqdm(
-        records, f"epoch {epoch + 1}/{training.num_epochs}", steps, disable=not sys.stderr.isatty()
-    ) as bar:
+    return records, steps
+
+
+def train_epoch(run: Run, epoch: int) -> None:
+    """One epoch from where the run stands: steps, log lines, evaluations and checkpoints."""
+    training, output = run.config.training, run.config.output
+    records, steps = step_records(run, epoch)
+    train_adapted(run.forward.model)
+    shown: dict[str, str] = {}
+    label = f"epoch {epoch + 1}/{run.epochs}"
+    with tqdm(records, label, steps, disable=not sys.stderr.isatty()) as bar:
         for record in bar:
             run.step = record["step"]
-            window.add(record)
-            bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.2e}")
+            run.records.append(record)
             if run.step % output.logging_steps == 0 or run.step == run.total_steps:
-                row = window.close(epoch, device)
-                append_log(run, row)
-                bar.set_postfix_str(engine.progress_text(row))
+                row = engine.mean_record(run.records, run.forward.device)
+                run.records = []
+                append_log(run, {**row, "epoch": epoch + 1})
                 log.info("step %d/%d: %s", run.step, run.total_steps, engine.progress_text(row))
+                shown = {"img/s": f"{row['img_per_s']:.1f}"}
+                if "memory_gb" in row:
+                    shown["memory"] = f"{row['memory_gb']:.1f} GB {row['memory_percent']:.0f}%"
+            bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}", **shown)
             if run.step % training.eval_steps == 0:
                 evaluate_now(run)
                 train_adapted(run.forward.model)
             if run.step % training.save_steps == 0:
                 save_now(run)
+
+
+def train(run: Run) -> None:
+    """All epochs; each ends with an evaluation and a checkpoint."""
+    if run.step and (run.step % run.steps_per_epoch == 0 or run.step == run.total_steps):
+        # Resumed from a checkpoint that may have come before the evaluation that ends an epoch.
+        evaluate_now(run)
+        save_now(run)
+    while run.step < run.total_steps:
+        try:
+            train_epoch(run, run.step // run.steps_per_epoch)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"out of memory at step {run.step + 1}; lower --max_rows_per_forward (now "
+                f"{run.config.hardware.max_rows_per_forward}) or --batch_size, or compare masks at "
+                "fewer pixels with --mask_loss native"
+            ) from error
+        evaluate_now(run)
+        save_now(run)
 
 
 @user_errors(ConfigError, DatasetError, AdapterError, ModelError, engine.LossError)
@@ -424,25 +476,16 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(None)
     config = config_from_args(args)
-    # 1. Data before weights: its faults show in seconds.
+    # 1. Folder and data before weights: their faults show in seconds.
+    check_folder(config)
     splits = read_splits(config)
     # 2. Model, adapters, optimizer; nothing is written until all of it stands.
     engine.seed_everything(config.training.seed)
     run = build_run(config, splits)
     open_folder(run)
-    log.info(
-        "%d images, %d categories, %d steps in %d epochs",
-        len(run.train_set),
-        len(run.train_set.split.categories),
-        run.total_steps,
-        math.ceil(run.total_steps / run.steps_per_epoch),
-    )
-    # 3. Epochs; each ends with an evaluation and a checkpoint.
+    # 3. Epochs.
     with logging_redirect_tqdm():
-        while run.step < run.total_steps:
-            train_epoch(run, run.step // run.steps_per_epoch)
-            evaluate_now(run)
-            save_now(run)
+        train(run)
     # 4. The end of the run.
     save_model(run, "last_model")
     lines = (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()

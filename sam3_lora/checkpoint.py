@@ -10,6 +10,7 @@ Both files hold tensors, numbers, strings and containers of them, and load with 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import random
@@ -151,6 +152,31 @@ def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
     return content
 
 
+def read_weights(path: Path, model: nn.Module, lora: LoRAConfig) -> dict[str, torch.Tensor]:
+    """An adapter's tensors, for a run that starts from them.
+
+    Args:
+        path: as for `read_adapter`.
+        model: the base model.
+        lora: the new run's settings; its dropout is free.
+
+    Raises:
+        AdapterError: trained on another base, or with other settings.
+    """
+    content = read_adapter(path)
+    check_base(content, model, path)
+    theirs, ours = (
+        (c.rank, c.alpha, set(c.target_modules), set(c.components))
+        for c in (content["lora_config"], lora)
+    )
+    if theirs != ours:
+        raise AdapterError(
+            f"{path}: expected an adapter of this run's settings ({lora}), found "
+            f"{content['lora_config']}; set the lora section to these"
+        )
+    return content["lora"]
+
+
 def check_base(content: dict[str, Any], model: nn.Module, path: Path) -> None:
     """Raises AdapterError when an adapter was trained on another base model than this one."""
     found = fingerprint(model)
@@ -238,6 +264,26 @@ def set_aside(run_dir: Path) -> Path | None:
         number += 1
     os.replace(run_dir, target)
     return target
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a training run, which may be set aside, replaced or continued."""
+    return (folder / "train.log").is_file()
+
+
+def cut_log(log_file: Path, step: int) -> None:
+    """Drops the lines of log.jsonl after a step, and a last one that a kill left half-written."""
+    kept = []
+    for line in log_file.read_text(encoding="utf-8").splitlines() if log_file.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    scratch = log_file.with_name(f".{log_file.name}.tmp")
+    scratch.write_text("".join(kept), encoding="utf-8")
+    os.replace(scratch, log_file)
 
 
 def _rng_state() -> dict[str, Any]:

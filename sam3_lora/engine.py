@@ -12,14 +12,18 @@ Counts for the means are taken over the whole step first, so cutting changes mem
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import math
 import os
+import platform
 import random
+import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,9 +112,8 @@ def train_one_epoch(
     """Takes the optimizer steps of an epoch, yielding a record after each.
 
     Args:
-        forward: `encode` and `predict`; train or eval mode is the caller's.
-        criterion, count: named losses; their means are over the whole step's counts.
-        batches: micro-batches as from `collate_fn`.
+        forward, criterion, count: see above; train or eval mode is the caller's.
+        batches: micro-batches.
         optimizer, scaler: over the trainable parameters; the scaler is for fp16.
         factor: step -> share of the peak learning rate.
         step, accumulation: steps done before; micro-batches a step (the last may have fewer).
@@ -118,29 +121,30 @@ def train_one_epoch(
         max_rows: rows in one forward of the heads.
 
     Yields:
-        `step` (from 1), every term, `lr`, `grad_norm` before clipping, `images`, `counts`.
+        `step` (from 1), the terms, `grad_norm` unclipped, `lr`, `counts`, `images`, `seconds`.
 
     Raises:
         LossError: a loss or gradient is not finite; no parameter has moved.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    iterator = iter(batches)
+    iterator, started = iter(batches), time.perf_counter()
     while micro_batches := list(itertools.islice(iterator, accumulation)):
         _set_rate(optimizer, factor(step))
-        counts = _add_counts([count(batch["targets"]) for batch in micro_batches])
         optimizer.zero_grad(set_to_none=True)
+        counts = _add_counts([count(batch["targets"]) for batch in micro_batches])
         totals: Losses = {}
         for batch in micro_batches:
             _accumulate(totals, _backward(forward, criterion, batch, counts, max_rows, scaler))
-        scaler.unscale_(optimizer)
-        totals["grad_norm"] = _clip(optimizer, max_grad_norm)
+        totals["grad_norm"] = _clip(optimizer, scaler, max_grad_norm)
         step += 1
         record = _to_numbers(totals)
         _check_finite(record, step, micro_batches, scaler.is_enabled())
         scaler.step(optimizer)
         scaler.update()
-        record |= {"step": step, "counts": counts, "lr": optimizer.param_groups[0]["lr"]}
-        yield record | {"images": sum(len(batch["image_ids"]) for batch in micro_batches)}
+        record |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "counts": counts}
+        record["images"] = sum(len(batch["image_ids"]) for batch in micro_batches)
+        yield record | {"seconds": time.perf_counter() - started}
+        started = time.perf_counter()  # what the caller did meanwhile is not the step's
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
@@ -150,8 +154,11 @@ def _set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["initial_lr"] * share
 
 
-def _clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
-    """Clips the gradients' L2 norm, 0 leaves them; returns the norm before."""
+def _clip(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_norm: float
+) -> torch.Tensor:
+    """Clips the L2 norm of the unscaled gradients, 0 leaves them; returns the norm before."""
+    scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
 
@@ -257,6 +264,18 @@ def _check_finite(
     )
 
 
+def environment(source: Path) -> str:
+    """Commit of a source file's checkout and versions of what runs it, for the log's first line."""
+    command = ["git", "-C", str(source.parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"  # not a clone
+    library = importlib.metadata.version("transformers")
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    return f"sam3-lora {commit}, {versions}, transformers {library}"
+
+
 def memory_use(device: torch.device) -> tuple[float, float] | None:
     """Peak memory of this run and all there is, in GB (10^9 bytes): of the GPU, or of the process.
 
@@ -273,40 +292,33 @@ def memory_use(device: torch.device) -> tuple[float, float] | None:
     return peak / 1e9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-class Window:
-    """Means over the steps since the last line of the log."""
+def mean_record(records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """The log's line for some steps: means of the last layer's terms, speed, memory.
 
-    def __init__(self) -> None:
-        self._clear()
+    Args:
+        records: of `train_one_epoch`, one a step.
+        device: where the model runs.
 
-    def _clear(self) -> None:
-        """Forgets the steps of the line just written."""
-        self.records: list[dict[str, Any]] = []
-        self.started = time.perf_counter()
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Takes one step's record of `train_one_epoch`."""
-        self.records.append(record)
-
-    def close(self, epoch: int, device: torch.device) -> dict[str, Any]:
-        """The log's line: means of the last layer's terms, speed, memory; starts anew."""
-        sums: dict[str, list[float]] = defaultdict(list)
-        for record in self.records:
-            for name, value in record.items():
-                # A step without objects has no IoU to average.
-                skipped = name == "iou" and not record["counts"]["targets"]
-                if isinstance(value, float) and "_aux_" not in name and not skipped:
-                    sums["train_iou" if name == "iou" else name].append(value)
-        seconds = time.perf_counter() - self.started
-        row = {"step": self.records[-1]["step"], "epoch": epoch + 1}
-        row |= {name: sum(values) / len(values) for name, values in sums.items()}
-        row["lr"] = self.records[-1]["lr"]
-        row["it_per_s"] = len(self.records) / seconds
-        row["img_per_s"] = sum(r["images"] for r in self.records) / seconds
-        if memory := memory_use(device):
-            row["memory_gb"], row["memory_percent"] = memory[0], 100 * memory[0] / memory[1]
-        self._clear()
-        return row
+    Returns:
+        `step` and `lr` of the last one, each term's mean, `train_iou` over steps with objects,
+        `it_per_s`, `img_per_s`, and where the system tells `memory_gb`, `memory_percent`.
+    """
+    sums: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        for name, value in record.items():
+            # A step without objects has no IoU to average.
+            skipped = name in ("seconds", "lr") or "_aux_" in name
+            skipped = skipped or (name == "iou" and not record["counts"]["targets"])
+            if isinstance(value, float) and not skipped:
+                sums["train_iou" if name == "iou" else name].append(value)
+    row = {"step": records[-1]["step"], "lr": records[-1]["lr"]}
+    row |= {name: sum(values) / len(values) for name, values in sums.items()}
+    seconds = sum(record["seconds"] for record in records)
+    row["it_per_s"] = len(records) / seconds
+    row["img_per_s"] = sum(record["images"] for record in records) / seconds
+    if memory := memory_use(device):
+        row["memory_gb"], row["memory_percent"] = memory[0], 100 * memory[0] / memory[1]
+    return row
 
 
 def progress_text(row: dict[str, Any]) -> str:

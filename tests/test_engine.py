@@ -13,10 +13,10 @@ from torch import nn
 from lora_layers import COMPONENTS, LoRAConfig, apply_lora, lora_modules, lora_state_dict
 from sam3_lora.engine import (
     LossError,
-    Window,
     build_optimizer,
     evaluate,
     lr_factor,
+    mean_record,
     memory_use,
     progress_text,
     seed_everything,
@@ -159,7 +159,7 @@ def assert_same_step(found, expected):
     largest = max(float(value.abs().max()) for value in other.values())
     assert largest > 1e-3  # the tolerance is small beside the step
     assert record.keys() == other_record.keys()
-    for name in record.keys() - {"counts"}:
+    for name in record.keys() - {"counts", "seconds"}:
         assert record[name] == pytest.approx(other_record[name], rel=1e-4, abs=1e-6), name
     assert record["counts"] == other_record["counts"]
 
@@ -434,18 +434,18 @@ def test_memory_of_the_process():
 # The log's line -----------------------------------------------------------------------------------
 
 
-def test_a_window_averages_its_steps():
-    window = Window()
+def test_the_logs_line_is_the_mean_of_its_steps():
     objects, none = {"targets": 3}, {"targets": 0}
+    records = []
     for step, loss, iou, counts in ((5, 2.0, 0.5, objects), (6, 4.0, 0.0, none)):
         record = {"step": step, "loss": loss, "loss_ce": loss / 4, "loss_ce_aux_0": 9.0}
-        window.add(record | {"iou": iou, "lr": step / 10, "images": 3, "counts": counts})
-    row = window.close(epoch=2, device=torch.device("cpu"))
-    assert (row["step"], row["epoch"], row["loss"], row["loss_ce"]) == (6, 3, 3.0, 0.75)
+        record |= {"iou": iou, "lr": step / 10, "images": 3, "counts": counts, "seconds": 0.5}
+        records.append(record)
+    row = mean_record(records, torch.device("cpu"))
+    assert (row["step"], row["loss"], row["loss_ce"]) == (6, 3.0, 0.75)
     assert row["train_iou"] == 0.5  # a step without objects has none
-    assert row["lr"] == 0.6 and "loss_ce_aux_0" not in row and "images" not in row
-    assert row["img_per_s"] == pytest.approx(3 * row["it_per_s"])
+    assert row["lr"] == 0.6 and not {"loss_ce_aux_0", "images", "seconds"} & set(row)
+    assert (row["it_per_s"], row["img_per_s"]) == (2.0, 6.0)
     text = progress_text(row)
-    assert text.startswith("loss 3.000, lr 6.00e-01, ") and "train IoU 0.500" in text
-    window.add({"step": 7, "loss": 1.0, "lr": 0.0, "images": 1, "counts": none})
-    assert window.close(2, torch.device("cpu"))["loss"] == 1.0  # it started anew
+    assert text.startswith("loss 3.000, lr 6.00e-01, 2.00 it/s, 6.0 img/s")
+    assert "train IoU 0.500" in text

@@ -193,7 +193,7 @@ def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
         return get
 
     sections = {f.name: f.default for f in dataclasses.fields(config_module.Config)}
-    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", "--max_steps", "1")
+    args = train_args(tiny_model_dir, data_dir, tmp_path / "run")
     parsed = train_sam3_lora.build_parser().parse_args(args)
     config = config_module.config_from_args(parsed)
     monkeypatch.setattr(train_sam3_lora, "config_from_args", lambda _: config)
@@ -228,12 +228,77 @@ def test_bad_input_is_one_line_and_touches_nothing(
     flags, message = REFUSED[case]
     output = tmp_path / "run"
     output.mkdir()
-    (output / "precious.txt").write_text("kept")
+    (output / "train.log").write_text("an earlier run's")
     assert train_sam3_lora.main([*train_args(tiny_model_dir, data_dir, output), *flags]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and message in lines[0]
-    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+    assert [path.name for path in output.iterdir()] == ["train.log"]
+    assert (output / "train.log").read_text() == "an earlier run's"
     assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
+def test_a_folder_that_is_no_run_is_left_alone(flags, tiny_model_dir, data_dir, tmp_path, capsys):
+    output = tmp_path / "thesis"
+    output.mkdir()
+    (output / "thesis.txt").write_text("precious")
+    args = [*train_args(tiny_model_dir, data_dir, output), *flags]
+    assert train_sam3_lora.main(args) == 2
+    assert "expected a new folder or an earlier run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+    assert (output / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_junk_image_stops_before_the_earlier_run_is_touched(
+    workers, write_source, tiny_model_dir, tmp_path, capsys
+):
+    assert convert(write_source(tmp_path / "source", 3), tmp_path / "data", "train") == 0
+    (tmp_path / "data" / "train" / "images" / "1.png").write_text("no image")
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "train.log").write_text("an earlier run's")
+    args = train_args(tiny_model_dir, tmp_path / "data", output, "--overwrite")
+    assert train_sam3_lora.main([*args, "--num_workers", workers]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "1.png" in error
+    assert [path.name for path in output.iterdir()] == ["train.log"]
+
+
+def test_a_resumed_run_keeps_its_settings(run_dir, tiny_model_dir, data_dir, capsys):
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    args = train_args(tiny_model_dir, data_dir, run_dir, "--resume")
+    assert train_sam3_lora.main([*args, "--learning_rate", "0.9", "--lora_alpha", "480"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "lora.alpha 16.0 -> 480.0; training.learning_rate 0.0001 -> 0.9" in error
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_max_steps_may_exceed_the_epochs(tiny_model_dir, data_dir, tmp_path):
+    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", "--max_steps", "4")
+    args += ["--logging_steps", "3"]
+    assert train_sam3_lora.main(args) == 0
+    rows = [row for row in read_log(tmp_path / "run") if "val" not in row]
+    # Three steps an epoch: the last line is of the one step after them.
+    assert [(row["step"], row["epoch"]) for row in rows] == [(3, 1), (4, 2)]
+
+
+def test_a_kill_before_the_last_evaluation(tiny_model_dir, data_dir, tmp_path):
+    """The checkpoint of the last step is there, its evaluation is not: resuming makes up for it."""
+    output = tmp_path / "run"
+    args = train_args(tiny_model_dir, data_dir, output, "--save_steps", "1")
+    patch = pytest.MonkeyPatch()
+
+    def killed(run):
+        raise KeyboardInterrupt
+
+    patch.setattr(train_sam3_lora, "evaluate_now", killed)
+    assert train_sam3_lora.main(args) == 130
+    patch.undo()
+    assert not (output / "best_model").exists()
+    assert train_sam3_lora.main([*args, "--resume"]) == 0
+    assert (output / "best_model" / "lora_weights.pt").is_file()
+    assert [row["step"] for row in read_log(output) if "val" in row] == [3]
 
 
 @pytest.mark.parametrize(
