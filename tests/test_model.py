@@ -275,7 +275,7 @@ DAMAGES = {
     "weights cut": (cut("model.safetensors"), "not fully covered"),
     "weights empty": (replaced("model.safetensors", ""), "header too small"),
     "tokenizer cut": (cut("tokenizer.json"), "JSONDecodeError"),
-    "tokenizer is a list": (replaced("tokenizer_config.json", "[]"), "no attribute 'get'"),
+    "tokenizer is a list": (replaced("tokenizer_config.json", "[]"), "could not be read as SAM 3"),
     "tokenizer absent": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
 }
 
