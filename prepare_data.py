@@ -39,6 +39,7 @@ logger = logging.getLogger("prepare_data")
 SPLITS = ("train", "val", "valid", "test")
 FAULTS_LISTED = 5  # of each kind
 NAMES_LISTED = 5
+EMPTY_LISTED = 10  # categories without an object; of more, the summary gives the number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -172,7 +173,10 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def summary(split: CocoSplit) -> str:
-    """Returns the counts of a split, a line for the whole and one for each category."""
+    """Returns the counts of a split, a line for the whole and one for each category.
+
+    Categories without an object share one line where there are many.
+    """
     objects = [item for items in split.annotations.values() for item in items]
     empty = sum(not items for items in split.annotations.values())
     masks = sum(item["segmentation"] is not None for item in objects)
@@ -183,10 +187,15 @@ def summary(split: CocoSplit) -> str:
         f"objects     {len(objects)} ({masks} with a mask, {crowds} crowds)",
         f"categories  {len(split.categories)}",
     ]
+    absent = sum(category_id not in count for category_id in split.categories)
     for category_id, name in split.categories.items():
+        if absent > EMPTY_LISTED and category_id not in count:
+            continue
         phrase = split.phrase(category_id)
         prompt = "" if phrase == name else f'  prompted as "{phrase}"'
         lines.append(f"  {count[category_id]:7d}  {name}{prompt}")
+    if absent > EMPTY_LISTED:
+        lines.append(f"  {absent} categories without an object")
     return "\n".join(lines) + "\n"
 
 

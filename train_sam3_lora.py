@@ -229,15 +229,14 @@ def check_folder(config: Config) -> None:
     """Refuses an output_dir whose files are not a run's: they would be moved or replaced."""
     folder = config.output.output_dir
     files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    found = "a file" if folder.is_file() else f"other files ({', '.join(sorted(files)[:3])})"
     if folder.is_file() or (set(files) - {".gitkeep"} and not checkpoint.is_run(folder)):
         raise ConfigError(
-            f"output_dir: expected a new folder or an earlier run, found {folder} with other files "
-            f"({', '.join(sorted(files)[:3])}); name another with --output_dir"
+            f"output_dir: expected a new folder or an earlier run, found {found} at {folder}; name "
+            "another with --output_dir"
         )
     if config.output.resume and not checkpoint.checkpoints(folder):
-        raise ConfigError(
-            f"--resume: expected checkpoint-<step>/ in {folder}, found none; start without it"
-        )
+        raise ConfigError(f"--resume: expected checkpoint-<step>/ in {folder}, found none; drop it")
 
 
 def open_folder(run: Run) -> None:
@@ -279,7 +278,9 @@ def describe_run(run: Run) -> None:
     )
     if run.val_set is None:
         log.warning("no validation split: the last adapter will be the best_model")
-    if not run.forward.masks:
+    if not any(run.train_set.split.annotations.values()):
+        log.warning("the training split has no object: every prompt is trained as absent")
+    elif not run.forward.masks:
         log.warning("the training split has no masks: training on boxes, without the mask loss")
     if run.warmup_steps < run.config.training.warmup_steps:
         log.warning("warmup_steps: %d, a tenth of this short run", run.warmup_steps)
@@ -299,7 +300,8 @@ def resume(run: Run) -> None:
     run.evaluated = run.step if run.figure else -1
     checkpoint.restore_rng(state["rng"])
     checkpoint.cut_log(run.folder / "log.jsonl", run.step)
-    log.info("resuming from %s", newest)
+    finished = "; it is finished: raise --max_steps" if run.step >= run.total_steps else ""
+    log.info("resuming %s at step %d of %d%s", newest, run.step, run.total_steps, finished)
 
 
 def check_same_settings(config: Config, earlier: Config) -> None:

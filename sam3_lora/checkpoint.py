@@ -319,12 +319,13 @@ def _write(content: dict[str, Any], path: Path) -> None:
 def _read(path: Path) -> Any:
     """torch.load without code execution; AdapterError says what the file is instead."""
     if not path.is_file():
-        raise AdapterError(f"expected an adapter file, found nothing at {path}; name another")
+        inside = [p for p in (path.parent / "best_model" / ADAPTER_FILE,) if p.is_file()]
+        hint = f"did you mean {inside[0]}?" if inside else "name another"
+        raise AdapterError(f"expected an adapter file, found nothing at {path}; {hint}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # any bytes may be in the file; torch raises as many kinds
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error)
         raise AdapterError(
-            f"{path}: expected a file of tensors, numbers and strings, found one that cannot be "
-            f"read safely ({reason})"
+            f"{path}: expected a file written by train_sam3_lora.py, found one that cannot be "
+            "read safely (another kind of file, a damaged one, or one with code in it)"
         ) from error

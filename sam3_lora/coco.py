@@ -128,6 +128,10 @@ def find_split(path: Path) -> tuple[Path, Path]:
     found = "no such folder" if not path.is_dir() else _contents(path)
     inside = [child for child in _folders(path) if _annotation_file(child)]
     remedy = f"name one split, such as {inside[0]}" if inside else "run prepare_data.py first"
+    if path.is_file():
+        found, remedy = "a file", f"name its folder {path.parent}"
+    elif not path.is_dir() and _annotation_file(path.parent):
+        remedy = f"{path.parent} is a split itself: --data_dir is the folder above the split"
     raise DatasetError(f"expected {wanted} in {path}, found {found}; {remedy}")
 
 
@@ -337,6 +341,8 @@ def check_images(split: CocoSplit) -> None:
         if (width, height) == (record["width"], record["height"]):
             return None
         size = f"{record['width']}x{record['height']}"
+        if (height, width) == (record["width"], record["height"]):
+            size += " (the photo is turned by its EXIF tag; annotate it as shown)"
         return f"{path} (image id {record['id']}) has {width}x{height} pixels, expected {size}"
 
     with ThreadPoolExecutor() as pool:

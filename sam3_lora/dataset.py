@@ -101,6 +101,7 @@ class PromptDataset(Dataset):
         self._report_crowded(over_queries)
         if train:
             self._report_same_prompts()
+            self._report_left_out()
 
     def __len__(self) -> int:
         """Number of images."""
@@ -263,6 +264,18 @@ class PromptDataset(Dataset):
         if over_queries == "error":
             raise DatasetError(f"{found}; cut them into tiles or set --over_queries cap")
         log.warning("%s: only the largest %d are used", found, self.num_queries)
+
+    def _report_left_out(self) -> None:
+        """Warns of objects, crowds apart, that `_objects` leaves out."""
+        rows = self.split.annotations.values()
+        single = sum(not entry["iscrowd"] for annotations in rows for entry in annotations)
+        left_out = single - sum(len(self._objects(record)) for record in self.split.images)
+        if left_out:
+            log.warning(
+                "%d objects have boxes that are empty or outside their image and are not trained; "
+                "`python prepare_data.py validate` lists them",
+                left_out,
+            )
 
     def _report_same_prompts(self) -> None:
         """Warns of categories with one prompt: an image may hold it as present and as absent."""

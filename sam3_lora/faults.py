@@ -11,6 +11,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".
 BOX_TOLERANCE = 1.0
 # Pixels. pycocotools allocates in proportion to an edge's length: 1e9 would exhaust the memory.
 COORDINATE_LIMIT = 1e5
+FRACTION_SIDE = 2  # pixels; on a larger image, a box of numbers up to 1 is in fractions of it
 # Characters of one number in a compressed RLE, 5 bits each: more cannot be a run of an image.
 RLE_NUMBER_LENGTH = 8
 # PIL's plugins raise these on broken files, SyntaxError and struct.error included.
@@ -62,11 +64,11 @@ class Fault:
 
 
 def find_faults(annotations_file: Path, images_dir: Path) -> list[Fault]:
-    """Lists what is wrong with a COCO file and its images; opens each image's header, no more.
+    """Lists what is wrong with a COCO file and its images; decodes every image.
 
     Returns:
         Errors and warnings in the order found. No error means that `read_coco` succeeds, that
-        every image is on disk with the size the file gives, and that every object is inside it.
+        every image can be read with the size the file gives, and that every object is inside it.
     """
     file, images_dir = Path(annotations_file), Path(images_dir)
     try:
@@ -120,6 +122,7 @@ def record_faults(payload: dict[str, Any], file: Path) -> Iterator[Fault]:
                 yield _fatal(f"unknown {key}", message, *where, "add it or remove the annotation")
         if image is not None:
             yield from _annotation_faults(row, payload["images"][image], *where)
+    yield from _fraction_faults(payload, image_at, file)
     yield from _unused(payload, file, used_images, used_categories)
 
 
@@ -238,7 +241,8 @@ def _box_faults(bbox: Any, image: dict, file: Path, row_id: str) -> Iterator[Fau
     if not all(map(_finite, sides)):
         return
     beyond = max(-x, -y, x + width - sides[0], y + height - sides[1])
-    if beyond > BOX_TOLERANCE:
+    apart = x >= sides[0] or y >= sides[1] or x + width <= 0 or y + height <= 0
+    if beyond > BOX_TOLERANCE or (apart and min(width, height) > 0):
         message = (
             f"expected a box inside the {sides[0]} x {sides[1]} image, found {bbox}, "
             f"{beyond:g} px beyond its edge"
@@ -247,18 +251,38 @@ def _box_faults(bbox: Any, image: dict, file: Path, row_id: str) -> Iterator[Fau
         yield Fault("error", "box outside", message, file, row_id, remedy)
 
 
+def _fraction_faults(payload: dict, image_at: dict, file: Path) -> Iterator[Fault]:
+    """One fault for all boxes that look normalised, as those of YOLO are."""
+    suspects = []
+    for row in payload["annotations"]:
+        bbox, position = row.get("bbox"), find_position(image_at, row.get("image_id"))
+        if position is None or not isinstance(bbox, list) or len(bbox) != 4:
+            continue
+        sides = [payload["images"][position].get(key) for key in ("width", "height")]
+        if not all(map(_finite, [*bbox, *sides])) or min(sides) <= FRACTION_SIDE:
+            continue
+        if max(map(abs, bbox)) <= 1 and min(bbox[2:]) > 0:
+            suspects.append(row)
+    if suspects:
+        first = f"the first is {suspects[0]['bbox']} of annotation {suspects[0].get('id')}"
+        message = "looks like fractions of the image; COCO boxes are pixels: "
+        message += f"{len(suspects)} of {len(payload['annotations'])} boxes, {first}"
+        remedy = "multiply x and width by the image's width, y and height by its height"
+        yield Fault("error", "box in fractions", message, file, None, remedy)
+
+
 def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]:
     """Faults that show in the images folder: absent files, other sizes, junk."""
     if not images_dir.is_dir():
         message = f"expected the images folder {images_dir}, found none"
         yield Fault("error", "no images folder", message, file, None, "check the path")
         return
-    listed = set()
-    for row in payload["images"]:
-        name = clean_name(row.get("file_name"))
-        if name is not None:
-            listed.add(images_dir / name)
-            yield from _file_faults(row, images_dir / name)
+    names = [(row, clean_name(row.get("file_name"))) for row in payload["images"]]
+    rows = [(row, images_dir / name) for row, name in names if name is not None]
+    with ThreadPoolExecutor() as pool:
+        for faults in pool.map(lambda pair: list(_file_faults(*pair)), rows):
+            yield from faults
+    listed = {path for _, path in rows}
     unlisted = 0
     for path in sorted(images_dir.rglob("*")):
         if path.name.startswith("._"):
@@ -272,7 +296,7 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
 
 
 def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
-    """Faults of one image's file: absent, unreadable, of another size."""
+    """Faults of one image's file: absent, unreadable, cut short, of another size."""
     where = path, f"image {row.get('id')}"
     if not path.is_file():
         message = "expected an image file, found none"
@@ -282,6 +306,14 @@ def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
         found = image_size(path)
     except DatasetError as error:
         yield Fault("error", "unreadable image", str(error), *where, "remove its row")
+        return
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except IMAGE_ERRORS as error:
+        reason = "truncated" if "truncated" in str(error) else error
+        remedy = "replace the file or remove its row"
+        yield Fault("error", "unreadable image", f"cannot be read: {reason}", *where, remedy)
         return
     wanted = row.get("width"), row.get("height")
     if found != wanted:

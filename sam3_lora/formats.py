@@ -145,7 +145,10 @@ def _yolo_folders(yolo_dir: Path, split: str, description: dict) -> tuple[Path, 
     for images_dir, labels_dir in pairs:
         if images_dir.is_dir() and any(_is_image(path) for path in images_dir.rglob("*")):
             return images_dir, labels_dir
-    looked = ", ".join(dict.fromkeys(str(images_dir) for images_dir, _ in pairs))
+    looked = ", ".join(
+        dict.fromkeys(str(images_dir) for images_dir, _ in pairs if images_dir != flat)
+    )
+    looked += f", or {flat} without folders in it, with {yolo_dir / 'labels'}"
     found = f"expected images of split {split!r} in one of {looked}, found none"
     raise DatasetError(f"{found}; check --yolo_dir and --split")
 

@@ -107,9 +107,10 @@ def _access_hint(name: str, error: Exception) -> str:
             "with `hf download facebook/sam3 --local-dir DIR` and name DIR"
         )
     return (
-        f"model.name: could not get {name}: {reason}. Ask for access at "
-        "https://huggingface.co/facebook/sam3 and run `hf auth login`, or give the local folder of "
-        "a copy with --model_name DIR"
+        f"model.name: no folder {name} here, and the hub did not give it ({reason}). Online: ask "
+        "for access at https://huggingface.co/facebook/sam3 and run `hf auth login`. Offline: name "
+        "the folder of a copy with --model_name DIR, or of a small random model that "
+        "demo/make_sam3_tiny.py writes"
     )
 
 
@@ -154,7 +155,9 @@ def choose_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not there.get(device.type, device.type == "cpu"):
-        raise ModelError(f"hardware.device: expected a device of this machine, found no {name}")
+        raise ModelError(
+            f"hardware.device: expected a device of this machine, found no {name}; use auto or cpu"
+        )
     return device
 
 

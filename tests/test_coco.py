@@ -200,6 +200,8 @@ def test_no_faults(tmp_path):
     [
         ({"bbox": [-2, 0, 5, 5]}, "box outside"),
         ({"bbox": [38, 0, 5, 5]}, "box outside"),
+        ({"bbox": [40, 0, 0.5, 5]}, "box outside"),
+        ({"bbox": [0.1, 0.2, 0.5, 1.0]}, "box in fractions"),
         ({"bbox": [1, 1, 0, 5]}, "empty box"),
         ({"id": 6}, "duplicate id"),
         ({"image_file_name": "c.png"}, "missing image"),
@@ -300,6 +302,8 @@ def test_size_is_that_after_exif_rotation(tmp_path):
     faults = coco.find_faults(folder / "annotations.json", folder / "images")
     assert "expected 40 x 30 pixels as annotated, found 30 x 40" in str(faults[0])
     assert "EXIF" in faults[0].remedy
+    with pytest.raises(DatasetError, match=r"30x40 pixels, expected 40x30 \(.* by its EXIF tag; "):
+        coco.check_images(coco.read_split(folder))
 
 
 def test_find_split(tmp_path):
@@ -316,6 +320,10 @@ def test_find_split(tmp_path):
     assert coco.find_split(tmp_path / "train")[1] == tmp_path / "train" / "images"
     with pytest.raises(DatasetError, match="expected annotations.json .* name one split, such as"):
         coco.find_split(tmp_path)
+    with pytest.raises(DatasetError, match="found a file; name its folder .*train$"):
+        coco.find_split(tmp_path / "train" / "annotations.json")
+    with pytest.raises(DatasetError, match="valid is a split itself: --data_dir is the folder"):
+        coco.find_split(coco.split_dir(roboflow, "val"))
     with pytest.raises(DatasetError, match="found no such folder; run prepare_data.py"):
         coco.find_split(tmp_path / "absent")
 

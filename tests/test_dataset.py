@@ -185,11 +185,11 @@ def test_an_image_with_nothing_to_ask_for_gets_a_word(tmp_path):
     assert item["texts"][0] in OUT_OF_DOMAIN_WORDS
 
 
-def test_boxes_without_area_are_no_targets(tmp_path):
+def test_boxes_without_area_are_no_targets(tmp_path, caplog):
     rows = [annotation(1, 1, (10, 8, 0, 20), segmentation=[]), annotation(1, 2, (50, 30, 24, 25))]
-    item = make(read_split(write_split(tmp_path / "train", rows)), prompts_per_image=20)[0, 0]
-    assert item["category_ids"][0] == 2
-    assert 1 not in item["category_ids"]
+    dataset = make(read_split(write_split(tmp_path / "train", rows)), prompts_per_image=20)
+    assert len(caplog.messages) == 1 and "1 objects have boxes that are empty or" in caplog.text
+    assert dataset[0, 0]["category_ids"][0] == 2 and 1 not in dataset[0, 0]["category_ids"]
 
 
 def test_out_of_domain_words_are_not_the_data_sets(tmp_path):
@@ -452,15 +452,15 @@ def test_too_many_objects_can_be_refused(crowded):
     assert len(PromptDataset(crowded[0], SIZE, 20, train=True, over_queries="error")) == 2
 
 
-def test_boxes_end_at_the_photos_border(tmp_path):
+def test_boxes_end_at_the_photos_border(tmp_path, caplog):
     rows = [
         annotation(1, 2, (80, 50, 30, 20), segmentation=[]),
         annotation(1, 2, (WIDTH, 10, 5, 5), segmentation=[]),  # wholly outside: no object
     ]
     item = make(read_split(write_split(tmp_path / "train", rows, count=1)), train=False)[0, 0]
-    boxes = item["targets"][1]["boxes_cxcywh"]
+    assert not caplog.messages  # of training only
     expected = [85 / WIDTH, 55 / HEIGHT, 10 / WIDTH, 10 / HEIGHT]
-    torch.testing.assert_close(boxes, torch.tensor([expected]))
+    torch.testing.assert_close(item["targets"][1]["boxes_cxcywh"], torch.tensor([expected]))
 
 
 def test_a_mask_below_a_pixel_of_the_canvas_keeps_one(tmp_path):

@@ -159,6 +159,37 @@ def test_validate_lists_faults(raw, capsys):
     assert "unknown image_id" in capsys.readouterr().out
 
 
+def test_validate_decodes_images_and_counts_boxes_in_fractions(raw, capsys):
+    image = Image.effect_noise((40, 30), 50)
+    image.save(raw / "images" / "a.png", format="JPEG")
+    assert prepare_data.main(coco_command(raw)) == 0
+    cut = raw.parent / "data" / "train" / "images" / "a.png"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    content = written(raw)
+    for row in content["annotations"][:2]:
+        row["bbox"] = [0.1, 0.1, 0.5, 0.5]
+    (cut.parents[1] / "annotations.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert validate(raw) == 2
+    out = capsys.readouterr().out
+    assert f"cannot be read: truncated ({cut}, image 1); replace the file or remove its row" in out
+    assert "error: box in fractions (1)\n  looks like fractions of the image; COCO boxes are" in out
+    assert "2 of 3 boxes, the first is [0.1, 0.1, 0.5, 0.5] of annotation 1" in out
+    coco.check_images(coco.read_split(cut.parents[1]))  # looks at headers only
+
+
+@pytest.mark.parametrize("count", [10, 11])
+def test_many_categories_without_an_object_share_a_line(raw, count, capsys):
+    file = raw / "annotations.json"
+    content = json.loads(file.read_text())
+    content["categories"] += [{"id": 10 + i, "name": f"thing{i}"} for i in range(count)]
+    file.write_text(json.dumps(content))
+    assert prepare_data.main(coco_command(raw)) == 0
+    out = capsys.readouterr().out
+    assert ("  11 categories without an object\n" in out) == (count > 10)
+    assert out.count("thing") == (count if count <= 10 else 0) and "1  car\n" in out
+
+
 def test_validate_refuses_two_categories_of_one_prompt(raw, capsys):
     assert prepare_data.main([*coco_command(raw), "--prompts", '{"car": "Bottle Cap"}']) == 0
     assert validate(raw) == 2
