@@ -61,8 +61,9 @@ log = logging.getLogger("inference")
 BOXED_SHARE = 0.5
 # Of the files beside an overlay: no other tool's, such as labelme's photo.json, is replaced.
 JSON_ENDING = "_detections.json"
-# Problems that a message lists.
+# Problems that a message lists, and training prompts that the log does.
 SHOWN = 3
+SHOWN_PROMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,24 @@ def parse_boxes(text: str) -> list[list[float]]:
     """The value of --bboxes as boxes_xyxy."""
     form = "expected '[[x1, y1, x2, y2], ...]' in pixels, found"
     boxes = _parse_list(text, form)
+    if _is_box(boxes):
+        raise argparse.ArgumentTypeError(
+            f"{form} one box without its outer brackets; did you mean '[{_show_box(boxes)}]'?"
+        )
     for box in boxes:
-        numbers = isinstance(box, list) and all(type(v) is float and math.isfinite(v) for v in box)
-        if not numbers or len(box) != 4:
+        if not _is_box(box):
             raise argparse.ArgumentTypeError(f"{form} the box {json.dumps(box)[:60]}")
         if not (box[0] < box[2] and box[1] < box[3]):
             raise argparse.ArgumentTypeError(
                 f"expected two corners, x1 < x2 and y1 < y2, found the box {_show_box(box)}"
             )
     return boxes
+
+
+def _is_box(value: Any) -> bool:
+    """Whether a JSON value is a list of four finite numbers."""
+    numbers = isinstance(value, list) and all(type(v) is float and math.isfinite(v) for v in value)
+    return numbers and len(value) == 4
 
 
 def parse_labels(text: str) -> list[int]:
@@ -195,13 +205,20 @@ def list_images(path: Path) -> list[Path]:
 
 
 def check_images(images: list[Path], boxes_xyxy: list[list[float]]) -> None:
-    """Raises DatasetError where a header cannot be read or a box does not lie in each image."""
+    """Raises DatasetError where a header cannot be read, or a box does not lie in each image or is
+    in fractions of it."""
     problems = []
     for path in images:
         try:
             width, height = coco.image_size(path)
         except DatasetError as error:
             problems.append(str(error))
+            continue
+        if boxes_xyxy and np.max(boxes_xyxy) <= 1 and max(width, height) > 2:
+            problems.append(
+                f"--bboxes: {_show_box(boxes_xyxy[0])} looks like fractions; pixels are expected, "
+                f"of {path} ({width} x {height})"
+            )
             continue
         for box in boxes_xyxy:
             if min(box) < 0 or box[2] > width or box[3] > height:
@@ -216,7 +233,13 @@ def plan_overlays(args: argparse.Namespace, images: list[Path]) -> list[Path]:
     """Each image's overlay; ConfigError where two files of this run would be one."""
     output = args.output
     overlays = [output]
-    if output.suffix.lower() not in coco.IMAGE_SUFFIXES or output.is_dir():
+    if output.suffix and output.suffix.lower() not in coco.IMAGE_SUFFIXES and not output.is_dir():
+        kinds = ", ".join(sorted(coco.IMAGE_SUFFIXES))
+        raise ConfigError(
+            f"--output: expected an image file ({kinds}) or a folder, found {output}; a folder "
+            "whose name has a dot must exist"
+        )
+    if not output.suffix or output.is_dir():
         stems = Counter(path.stem.lower() for path in images)
         names = [p.stem if stems[p.stem.lower()] == 1 else p.name for p in images]
         overlays = [output / f"{name}_overlay.png" for name in names]
@@ -248,7 +271,10 @@ def build_forward(args: argparse.Namespace, options: Config) -> tuple[Forward, d
     log.info("%s with %s on %s", name, args.lora_weights or "no adapter", forward.device)
     phrases = adapter.get("categories", {})
     if phrases:
-        log.info("the adapter's training prompts: %s", ", ".join(phrases.values()))
+        shown = ", ".join(list(phrases.values())[:SHOWN_PROMPTS])
+        rest = len(phrases) - SHOWN_PROMPTS
+        more = f", ... and {rest} more" if rest > 0 else ""
+        log.info("the adapter's training prompts: %s%s", shown, more)
     return forward, phrases
 
 

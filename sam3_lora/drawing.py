@@ -7,6 +7,7 @@ size, so that a thumbnail and a 20-megapixel photo read alike.
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def draw_overlay(
 
     Args:
         image: uint8 (H, W, 3).
-        masks: bool (n, H, W), or None to draw boxes only.
+        masks: bool (n, H, W), or None to draw boxes only. A colour tints a pixel once, however
+            many of its masks overlap there.
         boxes_xyxy: (n, 4) pixels; may reach beyond the image.
         labels: n texts such as "crack 0.87"; an empty one gets no tag.
         colors: n indices into PALETTE, counted round; one a prompt.
@@ -67,13 +69,12 @@ def draw_overlay(
     """
     height, width = image.shape[:2]
     boxes = [_inside(box, width, height) for box in boxes_xyxy]
-    palette = [PALETTE[int(c) % len(PALETTE)] for c in colors]
+    colors = [int(c) % len(PALETTE) for c in colors]
+    palette = [PALETTE[k] for k in colors]
     line = max(1, round(LINE_WIDTH * math.sqrt(height * width)))
-    canvas = np.array(image, dtype=np.uint8)
+    picture = Image.fromarray(np.array(image, dtype=np.uint8))
     if masks is not None:
-        for mask, color in zip(masks, palette, strict=True):
-            _paint_mask(canvas, np.asarray(mask, dtype=bool), color, line)
-    picture = Image.fromarray(canvas)
+        _paint_masks(picture, masks, colors, line)
     draw = ImageDraw.Draw(picture)
     box_line = line if masks is None else max(1, line // 2)
     for box, color in zip(boxes, palette, strict=True):
@@ -88,26 +89,52 @@ def draw_overlay(
     return np.array(picture)
 
 
-def _paint_mask(canvas: np.ndarray, mask: np.ndarray, color: Sequence[int], line: int) -> None:
-    """Fills a mask half transparent and draws its contour, in place."""
-    if not mask.any():
-        return
-    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    window = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
-    inside, region = mask[window], canvas[window]  # views: painted in place
-    contour = inside & ~_eroded(inside, line)
-    fill = region[inside] * (1 - MASK_OPACITY) + np.array(color) * MASK_OPACITY
-    region[inside] = fill.round().astype(np.uint8)
-    region[contour] = color
+def _paint_masks(
+    picture: Image.Image, masks: Iterable[np.ndarray], colors: Sequence[int], line: int
+) -> None:
+    """Tints what the masks of each colour cover, once where they overlap, and draws each mask's
+    contour over all tints; in place. Masks are read one at a time."""
+    shape = picture.height, picture.width
+    covers = np.zeros(shape, dtype=np.uint16)  # bit k: in a mask of PALETTE[k]
+    contours = np.zeros(shape, dtype=np.uint8)  # 1 + k: on a contour of PALETTE[k]
+    windows: dict[int, list[int]] = {}  # k -> xyxy around its masks
+    for mask, k in zip(masks, colors, strict=True):
+        mask = np.asarray(mask, dtype=bool)
+        rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            continue
+        x1, y1, x2, y2 = (int(v) for v in (cols[0], rows[0], cols[-1] + 1, rows[-1] + 1))
+        inside = np.ascontiguousarray(mask[y1:y2, x1:x2])  # COCO's masks come by columns
+        covers[y1:y2, x1:x2] |= inside * np.uint16(1 << k)
+        contours[y1:y2, x1:x2][inside & ~_eroded(inside, line)] = k + 1
+        box = windows.get(k, [x1, y1, x2, y2])
+        windows[k] = [min(box[0], x1), min(box[1], y1), max(box[2], x2), max(box[3], y2)]
+    for k, (x1, y1, x2, y2) in windows.items():
+        covered = (covers[y1:y2, x1:x2] & np.uint16(1 << k)) > 0
+        _tint(picture, covered, (x1, y1), PALETTE[k], MASK_OPACITY)
+    for k, (x1, y1, x2, y2) in windows.items():
+        _tint(picture, contours[y1:y2, x1:x2] == k + 1, (x1, y1), PALETTE[k], 1.0)
+
+
+def _tint(
+    picture: Image.Image, area: np.ndarray, corner: tuple[int, int], color: tuple, opacity: float
+) -> None:
+    """Blends a colour into the area (h, w), bool, whose top left is at a corner, in place."""
+    weights = area.view(np.uint8) * np.uint8(round(255 * opacity))
+    picture.paste(color, corner, Image.fromarray(weights))
 
 
 def _eroded(mask: np.ndarray, radius: int) -> np.ndarray:
     """The mask less `radius` pixels along its edge; outside the array is background."""
     span = 2 * radius + 1
     for _ in range(2):  # along one axis, then, transposed, along the other
-        padded = np.pad(mask, ((radius + 1, radius), (0, 0)))
-        counts = np.cumsum(padded, axis=0, dtype=np.int32)
-        mask = (counts[span:] - counts[:-span] == span).T
+        mask = np.pad(mask, ((radius, radius), (0, 0)))
+        length = 1  # of the runs of True that `mask` marks the starts of
+        while length < span:
+            step = min(length, span - length)
+            mask = mask[:-step] & mask[step:]
+            length += step
+        mask = mask.T
     return mask
 
 
@@ -162,13 +189,22 @@ def _draw_tags(
 def _fitted(text: str, font_size: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """The text, cut short where even the smallest font is wider than the image, and its font."""
     room = width - 2 * max(1, font_size // 6)
-    font = ImageFont.load_default(size=font_size)
+    font = _font(font_size)
     if font.getlength(text) > room:
         font_size = max(MIN_FONT_SIZE, int(font_size * room / font.getlength(text)))
-        font = ImageFont.load_default(size=font_size)
+        font = _font(font_size)
     while len(text) > 1 and font.getlength(text) > room:
         text = text[:-2] + "." if text.endswith(".") else text[:-1] + "."
     return text, font
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's DejaVu Sans, which has Latin, Cyrillic, Greek, Arabic and more; PIL's own font
+    has Latin alone."""
+    import matplotlib  # slow to import
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def _tag_position(
@@ -247,6 +283,7 @@ def _draw_panel(axis: Any, title: str, curves: list[tuple[list[dict], str, str]]
     axis.set(title=title, xlabel="step")
     axis.tick_params(labelbottom=True)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.ticklabel_format(useOffset=False)  # no "1e-3+8.055e2" beside the axis
     axis.grid(alpha=0.3)
     if not values:
         axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes)

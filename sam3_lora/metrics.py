@@ -29,6 +29,7 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 IOU_50, IOU_75 = 0, 5  # indices into IOU_THRESHOLDS
 OBJECT_EPS = 1e-4  # cgf1_eval.py, in the denominators over objects
 PAIR_EPS = 1e-6  # cgf1_eval.py, in the denominators over pairs
+EMPTY_LISTED = 10  # categories without an object that the table lists; more are counted
 ALL_AREAS = [0.0, 1e10]  # pixels^2, COCOeval's range "all"
 
 Detections = dict[str, np.ndarray]  # of one image, as select_detections returns
@@ -437,17 +438,24 @@ def format_summary(summary: dict[str, Any]) -> str:
 
 
 def _ap_rows(summary: dict[str, Any]) -> list[str]:
-    """AP and AP50 of each category and of all, for boxes and, where there are, masks."""
+    """AP and AP50 of each category and of all, for boxes and, where there are, masks; more than
+    `EMPTY_LISTED` categories without an object are counted instead."""
     blocks = {"box": summary["bbox"], "mask": summary["segm"]}
     blocks = {kind: block for kind, block in blocks.items() if block}
     rows = [("prompt", "objects", [f"{k} {m}" for k in blocks for m in ("AP", "AP50")])]
+    empty = sum(not entry["objects"] for entry in summary["bbox"]["per_category"])
     for entries in zip(*(block["per_category"] for block in blocks.values()), strict=True):
+        if empty > EMPTY_LISTED and not entries[0]["objects"]:
+            continue
         cells = [_cell(entry[m]) for entry in entries for m in ("AP", "AP50")]
         rows.append((entries[0]["prompt"], entries[0]["objects"], cells))
     totals = [_cell(block[m]) for block in blocks.values() for m in ("AP", "AP50")]
     rows.append(("all", summary["counts"]["objects"], totals))
     width = max(len(prompt) for prompt, _, _ in rows)
-    return [f"{p:<{width}}  {n:>7}" + "".join(f"  {c:>9}" for c in cells) for p, n, cells in rows]
+    lines = [f"{p:<{width}}  {n:>7}" + "".join(f"  {c:>9}" for c in cells) for p, n, cells in rows]
+    if empty > EMPTY_LISTED:
+        lines.append(f"{empty} categories without an object: not listed")
+    return lines
 
 
 def _cell(value: float | None) -> str:

@@ -449,3 +449,12 @@ def test_table_names_prompts_and_says_undefined():
     assert "on masks; 2 positive and 4 negative pairs" in table
     assert "0 of 4 absent prompts fired" in table
     assert len({len(line) for line in lines[:5]}) == 1
+
+
+@pytest.mark.parametrize(("empty", "rows"), [(10, 13), (11, 4)])
+def test_table_counts_many_categories_without_an_object(empty, rows):
+    categories = {1: "dog", **{i: f"thing {i}" for i in range(2, 2 + empty)}}
+    split = split_of({1: [an_object(1, 1, [0, 0, 20, 20])]}, categories)
+    lines = format_summary(summary_of(split, {1: found()})).splitlines()
+    assert lines.index("") == rows  # header, categories, all, the count
+    assert ("11 categories without an object: not listed" in lines) == (empty > 10)
