@@ -257,7 +257,8 @@ def _panels(rows: list[dict[str, Any]]) -> dict[str, list[tuple[list[dict], str,
     means over other things: each has an axis of its own. IoU is the same figure in both.
     """
     validation = [{**_flat(row.get("val") or {}), "step": row["step"]} for row in rows]
-    terms = sorted({key for row in rows for key in row if key.startswith("loss_")})
+    names = {key for row in rows for key in row}
+    terms = sorted(n for n in names if n.startswith("loss_") or n == "presence_loss")
     names = dict.fromkeys(key for row in validation for key in row)  # in the order logged
     last = {name: name.split(" ")[-1].lower() for name in names}
     ious = [name for name in names if last[name] in IOU_KEYS]
