@@ -214,8 +214,10 @@ class Forward:
             height, width = levels[-1].shape[-2:]
             pixels = memory.transpose(1, 2).unflatten(2, (height, width))  # (b,C,h,w)
             # The third convolution of the published weights has no level to work on.
-            convs, norms = decoder.pixel_decoder.conv_layers, decoder.pixel_decoder.norms
-            for level, conv, norm in zip(reversed(levels[:-1]), convs, norms, strict=False):
+            fine = levels[-2::-1]
+            convs = decoder.pixel_decoder.conv_layers[: len(fine)]
+            norms = decoder.pixel_decoder.norms[: len(fine)]
+            for level, conv, norm in zip(fine, convs, norms, strict=True):
                 pixels = F.interpolate(pixels, size=level.shape[-2:], mode="nearest")
                 pixels = F.relu(norm(conv(pixels + level.index_select(0, image_index))))
             outputs = {
