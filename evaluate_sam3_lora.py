@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lora_layers import AdapterError
 from sam3_lora import checkpoint
-from sam3_lora.coco import CocoSplit, DatasetError, read_split, split_dir
+from sam3_lora.coco import CocoSplit, DatasetError, check_images, read_split, split_dir
 from sam3_lora.config import (
     Config,
     ConfigError,
@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     split = read_split(folder)
     total = len(split.images)
     split = replace(split, images=split.images[: config.evaluation.max_val_images])
+    check_images(split)
     # 2. Every category on every image.
     forward, subject = build_forward(args, config)
     log.info("%s on %s: %d of %d images", subject, folder, len(split.images), total)

@@ -128,12 +128,15 @@ def _is_finite_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and bool(value.isfinite().all())
 
 
-def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
+def load_adapter(
+    path: Path, model: nn.Module, content: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Adapts a base model as a file describes, and loads its weights; all of them or none.
 
     Args:
         path: as for `read_adapter`.
         model: the base model the adapter was trained on.
+        content: what `read_adapter` gave for the path; None reads it.
 
     Returns:
         The file's content, see `read_adapter`.
@@ -141,7 +144,7 @@ def load_adapter(path: Path, model: nn.Module) -> dict[str, Any]:
     Raises:
         AdapterError: trained on another base, or the names or shapes do not fit it.
     """
-    content = read_adapter(path)
+    content = content or read_adapter(path)
     check_base(content, model, path)
     apply_lora(model, content["lora_config"])
     try:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lora_layers import apply_lora, load_lora_state_dict, merge_lora
+from lora_layers import merge_lora
 from sam3_lora import checkpoint, engine
 from sam3_lora.coco import CocoSplit, encode_mask
 from sam3_lora.forward import Forward, predict_masks
@@ -88,9 +88,7 @@ def load_forward(
     dtype = compute_dtype(mixed_precision, where)
     model, tokenizer = load_model(model_name)
     if weights:
-        checkpoint.check_base(adapter, model, weights)
-        apply_lora(model, adapter["lora_config"])
-        load_lora_state_dict(model, adapter["lora"])
+        checkpoint.load_adapter(weights, model, adapter)
         if dtype == torch.float32:
             merge_lora(model)
     # Before the freeze: it leaves what requires gradients, LoRA's weights, in fp32.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Before any import of transformers, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,6 +41,20 @@ def tiny_model_dir(demo_model: ModuleType, tmp_path_factory: pytest.TempPathFact
 def tiny_hub_dir(demo_model: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model in the hub's layout: the video model's config and weight names."""
     return demo_model.make_tiny(tmp_path_factory.mktemp("tiny_hub"), hub_layout=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model_dir: Path) -> tuple[Any, Any]:
+    """The tiny model with livelier heads, and its tokenizer; one for each test file."""
+    from sam3_lora.model import load_model  # after the environment above is set
+
+    model, tokenizer = load_model(str(tiny_model_dir))
+    # The random base barely moves its boxes; larger heads make every term count.
+    torch.manual_seed(1)
+    for module in (model.detr_decoder.box_head, model.mask_decoder.mask_embedder):
+        for parameter in module.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model, tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from sam3_lora.engine import (
 )
 from sam3_lora.forward import Forward
 from sam3_lora.losses import compute_losses, count_targets
-from sam3_lora.model import load_model
 
 SIZE = 112
 ROWS = [("cat", 2), ("a red bus", 0), ("dog", 1), ("cat", 0), ("bolt", 3), ("a red bus", 1)]
@@ -69,17 +68,6 @@ def test_short_runs_have_a_rate_from_0_to_1(schedule, total, warmup):
 
 
 # A step -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_model_dir):
-    model, tokenizer = load_model(str(tiny_model_dir))
-    # The random base barely moves its boxes; larger heads make every term count.
-    torch.manual_seed(1)
-    for module in (model.detr_decoder.box_head, model.mask_decoder.mask_embedder):
-        for parameter in module.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model, tokenizer
 
 
 def make_target(count, seed):

@@ -25,17 +25,6 @@ LABELS = torch.tensor([[1], [0], [-10]])
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_model_dir):
-    model, tokenizer = load_model(str(tiny_model_dir))
-    # The random base barely moves its boxes; larger heads make every term count.
-    torch.manual_seed(1)
-    for module in (model.detr_decoder.box_head, model.mask_decoder.mask_embedder):
-        for parameter in module.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model, tokenizer
-
-
-@pytest.fixture(scope="module")
 def images(loaded):
     side = image_size(loaded[0])
     return torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(0)).to(
