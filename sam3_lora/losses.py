@@ -16,6 +16,7 @@ sam3/train/matcher.py, and the weights of its roboflow_v100 fine-tuning configur
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,8 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 SEMANTIC_ALPHA = 0.6
 # Target of a matched query: p^0.25 IoU^0.75, at least 0.01 (IABCE).
 TARGET_ALPHA, TARGET_MIN = 0.25, 0.01
+# The same from random weights: p says nothing yet, IoU^0.5 rises sooner.
+SCRATCH_ALPHA = 0.5
 # One-to-many matching: 0.3 p + 0.7 IoU among the best 4 queries of a target, and above 0.4.
 O2M_ALPHA, O2M_THRESHOLD, O2M_TOPK = 0.3, 0.4, 4
 # Point sampling of masks (PointRend): points, oversampling, share taken where masks are uncertain.
@@ -81,6 +84,8 @@ def compute_losses(
     counts: dict[str, int],
     pos_weight: float = 10.0,
     mask_loss: str = "full",
+    weights: Mapping[str, float] = WEIGHTS,
+    from_scratch: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Every term of the loss for some rows, and their weighted total.
 
@@ -93,6 +98,10 @@ def compute_losses(
         pos_weight: weight of matched queries in the classification term.
         mask_loss: `full` compares at the targets' S pixels, `native` at the prediction's h pixels,
             `points` at 12,544 sampled points.
+        weights: of the terms in the total; a term that is not named adds nothing.
+        from_scratch: for a model that finds nothing yet, where Meta's recipe, made for a trained
+            one, stays with empty masks: the one-to-many branch keeps the Hungarian match too, a
+            matched query's goal is IoU^0.5, and classification is a mean over targets.
 
     Returns:
         Unweighted scalar terms, fp32: the last layer's under their plain names, the others' with
@@ -104,14 +113,14 @@ def compute_losses(
     objects = torch.cat([t["boxes_cxcywh"] for t in targets])
     keep = torch.tensor([len(t["boxes_cxcywh"]) > 0 for t in targets], device=device).float()
     with torch.autocast(device.type, enabled=False):
-        matches = _match_layers(outputs, targets)
+        matches = _match_layers(outputs, targets, from_scratch)
         losses: dict[str, torch.Tensor] = {}
         for branch, layer_matches in matches.items():
             last = len(layer_matches) - 1
             for layer, match in enumerate(layer_matches):
                 name = ("" if layer == last else f"_aux_{layer}") + ("_o2m" if branch else "")
                 terms = _layer_terms(
-                    outputs, branch, layer, objects, match, keep, counts, pos_weight
+                    outputs, branch, layer, objects, match, keep, counts, pos_weight, from_scratch
                 )
                 losses |= {term + name: value for term, value in terms.items()}
             if branch + "mask_embed" in outputs:
@@ -121,7 +130,7 @@ def compute_losses(
                 losses |= {k + "_o2m" * bool(branch): value for k, value in terms.items()}
         if "semantic" in outputs:
             losses |= _semantic(outputs["semantic"].float(), targets, counts)
-        losses["loss"] = total_loss(losses, counts)
+        losses["loss"] = total_loss(losses, counts, weights)
         if "iou" not in losses:
             losses["iou"] = _matched_box_iou(outputs, objects, matches[""][-1], counts)
     return losses
@@ -136,39 +145,52 @@ def _layer_terms(
     keep: torch.Tensor,
     counts: dict[str, int],
     pos_weight: float,
+    from_scratch: bool,
 ) -> dict[str, torch.Tensor]:
     """Box, classification and (but for the one-to-many branch) presence terms of one layer."""
     logits = outputs[branch + "logits"][layer].float()
     boxes = outputs[branch + "boxes_cxcywh"][layer].float()
     terms = _box_terms(boxes, objects, match, counts)
-    terms["loss_ce"] = _classification(logits, boxes, objects, match, keep, counts, pos_weight)
+    terms["loss_ce"] = _classification(
+        logits, boxes, objects, match, keep, counts, pos_weight, from_scratch
+    )
     if not branch:
         terms["presence_loss"] = _presence(outputs["presence"][layer].float(), keep, counts)
     return terms
 
 
-def total_loss(losses: dict[str, torch.Tensor], counts: dict[str, int]) -> torch.Tensor:
+def total_loss(
+    losses: dict[str, torch.Tensor],
+    counts: dict[str, int],
+    weights: Mapping[str, float] = WEIGHTS,
+) -> torch.Tensor:
     """sqrt(B) times the weighted sum of the terms; B is the number of rows in the whole step."""
     total = torch.zeros(())
     for name, value in losses.items():
         term = name.split("_aux_")[0].removesuffix("_o2m")
-        if term in WEIGHTS:
-            weight = WEIGHTS[term] * (ONE_TO_MANY_WEIGHT if name.endswith("_o2m") else 1.0)
+        if term in weights:
+            weight = weights[term] * (ONE_TO_MANY_WEIGHT if name.endswith("_o2m") else 1.0)
             total = total.to(value.device) + weight * value
     return math.sqrt(max(counts["rows"], 1)) * total
 
 
-def _match_layers(outputs: dict[str, torch.Tensor], targets: Targets) -> dict[str, list[Match]]:
+def _match_layers(
+    outputs: dict[str, torch.Tensor], targets: Targets, from_scratch: bool
+) -> dict[str, list[Match]]:
     """Matches of every layer of both branches, keyed by the branch's prefix in `outputs`."""
     layers = outputs["logits"].shape[0]
     logits, boxes = outputs["logits"], outputs["boxes_cxcywh"]
     if "o2m_logits" not in outputs:
         return {"": hungarian_match(logits, boxes, targets)}
     # One stack, so that the costs of all layers travel to the CPU in one copy.
-    logits = torch.cat([logits, outputs["o2m_logits"][:-1]])
-    boxes = torch.cat([boxes, outputs["o2m_boxes_cxcywh"][:-1]])
+    wanted = slice(None) if from_scratch else slice(0, -1)
+    logits = torch.cat([logits, outputs["o2m_logits"][wanted]])
+    boxes = torch.cat([boxes, outputs["o2m_boxes_cxcywh"][wanted]])
     matches = hungarian_match(logits, boxes, targets)
     last = one_to_many_match(outputs["o2m_logits"][-1], outputs["o2m_boxes_cxcywh"][-1], targets)
+    if from_scratch:
+        both = torch.cat([torch.stack(matches.pop()), torch.stack(last)], dim=1)
+        last = tuple(both.unique(dim=1))
     return {"": matches[:layers], "o2m_": [*matches[layers:], last]}
 
 
@@ -299,6 +321,7 @@ def _classification(
     keep: torch.Tensor,
     counts: dict[str, int],
     pos_weight: float,
+    from_scratch: bool,
 ) -> torch.Tensor:
     """IoU-aware binary cross-entropy, mean over all B x Q queries of the step.
 
@@ -308,6 +331,9 @@ def _classification(
     p = logits.sigmoid()
     iou = _giou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0]
     goal = p[rows, queries] ** TARGET_ALPHA * iou ** (1 - TARGET_ALPHA)
+    number = max(counts["rows"], 1) * logits.shape[1]
+    if from_scratch:
+        goal, number = iou**SCRATCH_ALPHA, max(counts["targets"], 1)
     # One goal a query, also where one query serves two objects of the one-to-many branch.
     target = torch.zeros_like(logits).index_put(
         (rows, queries), goal.detach().clamp(min=TARGET_MIN)
@@ -315,7 +341,7 @@ def _classification(
     matched = pos_weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     unmatched = p**FOCAL_GAMMA * F.softplus(logits)  # p^2 BCE(x, 0)
     loss = torch.where(target > 0, matched, unmatched)
-    return (loss * keep[:, None]).sum() / (max(counts["rows"], 1) * logits.shape[1])
+    return (loss * keep[:, None]).sum() / number
 
 
 def _presence(presence: torch.Tensor, keep: torch.Tensor, counts: dict[str, int]) -> torch.Tensor:
@@ -338,6 +364,8 @@ def _mask_terms(
     # A zero with a gradient: rows without an object still reach every adapter.
     zero = 0.0 * (embed.sum() + pixels[..., 0, 0].float().sum())
     sums = torch.stack([zero, zero, zero.detach()])
+    # Indexing row by row would fill a gradient of the whole tensor with zeros for each of them.
+    embed, pixels = embed.unbind(), pixels.unbind()
     offset = 0
     for row, target in enumerate(targets):
         here = (rows == row).nonzero(as_tuple=True)[0]
@@ -347,7 +375,7 @@ def _mask_terms(
         here, local = here[kept], local[kept]
         for part in range(0, len(here), MASKS_AT_ONCE):
             group = slice(part, part + MASKS_AT_ONCE)
-            query, masks = embed[row, queries[here[group]]], target["masks"][local[group]]
+            query, masks = embed[row][queries[here[group]]], target["masks"][local[group]]
             # Recomputed in the backward pass: a mask at 1008 pixels would keep 37 MB until then.
             sums = sums + checkpoint(
                 _mask_sums, query, pixels[row], masks, mask_loss, use_reentrant=False
@@ -431,11 +459,11 @@ def _semantic(
     rows."""
     focal = dice = 0.0 * semantic[:, 0, 0].sum()
     number = max(counts["semantic_rows"], 1)
-    for row, target in enumerate(targets):
+    for prediction, target in zip(semantic.unbind(), targets, strict=True):
         if not _has_all_masks(target):
             continue
         union = target["masks"].any(0)
-        logits = _upsample(semantic[row : row + 1], union.shape).flatten(1)
+        logits = _upsample(prediction[None], union.shape).flatten(1)
         goal = union.flatten()[None].float()
         focal = focal + sigmoid_focal(logits, goal, SEMANTIC_ALPHA).mean() / number
         dice = dice + dice_loss(logits, goal).sum() / number

@@ -9,6 +9,8 @@ from torchvision.ops import generalized_box_iou
 from torchvision.ops import sigmoid_focal_loss as library_focal
 
 from sam3_lora.losses import (
+    compute_losses,
+    count_targets,
     dice_loss,
     hungarian_match,
     one_to_many_match,
@@ -115,3 +117,65 @@ def test_one_query_can_serve_two_targets_of_one_to_many():
     rows, queries, objects = one_to_many_match(logits, boxes, targets)
     # Query 5 is among the best 4 of both, and below 0.4; the third target has no query at all.
     assert (rows.tolist(), queries.tolist(), objects.tolist()) == ([1, 1], [3, 3], [1, 2])
+
+
+def two_rows():
+    """Outputs of one layer for a row with one object and one without; query 0 lies on the object,
+    query 1 half on it, the others apart."""
+    boxes = torch.tensor(
+        [[0.5, 0.5, 0.4, 0.4], [0.5, 0.6, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1]]
+    )
+    shape = {"boxes_cxcywh": boxes.expand(1, 2, 4, 4), "logits": torch.zeros(1, 2, 4)}
+    outputs = {**shape, **{"o2m_" + k: v for k, v in shape.items()}, "presence": torch.zeros(1, 2)}
+    targets = [
+        {"boxes_cxcywh": boxes[:count], "has_mask": torch.zeros(count, dtype=torch.bool)}
+        for count in (1, 0)
+    ]
+    return outputs, targets
+
+
+def test_from_scratch_classification_is_a_mean_over_targets_with_the_root_of_iou_as_goal():
+    outputs, targets = two_rows()
+    outputs["logits"] = torch.tensor([[[2.0, -1.0, 0.5, 0.0]] * 2])
+    outputs["boxes_cxcywh"] = outputs["boxes_cxcywh"].clone()
+    outputs["boxes_cxcywh"][0, 0, 0, 2] = 0.2  # half the object: IoU 0.5
+    counts = count_targets(targets)
+    losses = compute_losses(outputs, targets, counts, pos_weight=3.0, from_scratch=True)
+    x, p = outputs["logits"][0, 0], outputs["logits"][0, 0].sigmoid()
+    matched = hungarian_match(outputs["logits"], outputs["boxes_cxcywh"], targets)[0][1]
+    iou = pairwise_giou(outputs["boxes_cxcywh"][0, 0], targets[0]["boxes_cxcywh"])[0][:, 0]
+    goal = iou[matched].sqrt()
+    expected = 3 * torch.nn.functional.binary_cross_entropy_with_logits(x[matched], goal)
+    rest = [q for q in range(4) if q != int(matched)]
+    expected = expected + (p[rest] ** 2 * torch.nn.functional.softplus(x[rest])).sum()
+    torch.testing.assert_close(losses["loss_ce"], expected)
+
+
+def test_from_scratch_one_to_many_keeps_the_hungarian_match_of_an_object_that_no_query_overlaps():
+    outputs, targets = two_rows()
+    outputs["o2m_boxes_cxcywh"] = torch.full((1, 2, 4, 4), 0.05)  # all far from the object
+    counts = count_targets(targets)
+    meta = compute_losses(outputs, targets, counts)
+    scratch = compute_losses(outputs, targets, counts, from_scratch=True)
+    assert float(meta["loss_bbox_o2m"]) == 0
+    apart = (torch.full((4,), 0.05) - targets[0]["boxes_cxcywh"][0]).abs().sum()
+    torch.testing.assert_close(scratch["loss_bbox_o2m"], apart)
+
+
+def test_from_scratch_one_to_many_counts_a_query_once_that_both_matchers_choose():
+    outputs, targets = two_rows()
+    counts = count_targets(targets)
+    meta, scratch = (
+        compute_losses(outputs, targets, counts, from_scratch=choice)["loss_bbox_o2m"]
+        for choice in (False, True)
+    )
+    assert float(meta) > 0
+    assert float(scratch) == float(meta)
+
+
+def test_weights_choose_and_scale_the_terms_of_the_total():
+    outputs, targets = two_rows()
+    counts = count_targets(targets)
+    losses = compute_losses(outputs, targets, counts, weights={"loss_bbox": 3.0, "loss_ce": 0.5})
+    one, many = (3 * losses["loss_bbox" + b] + 0.5 * losses["loss_ce" + b] for b in ("", "_o2m"))
+    torch.testing.assert_close(losses["loss"], math.sqrt(2) * (one + 2 * many))
