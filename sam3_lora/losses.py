@@ -16,7 +16,8 @@ sam3/train/matcher.py, and the weights of its roboflow_v100 fine-tuning configur
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -111,22 +112,16 @@ def compute_losses(
     device = outputs["logits"].device
     targets = [{k: v.to(device) for k, v in t.items()} for t in targets]
     objects = torch.cat([t["boxes_cxcywh"] for t in targets])
-    keep = torch.tensor([len(t["boxes_cxcywh"]) > 0 for t in targets], device=device).float()
+    classify = partial(
+        _classification, counts=counts, pos_weight=pos_weight, from_scratch=from_scratch
+    )
     with torch.autocast(device.type, enabled=False):
         matches = _match_layers(outputs, targets, from_scratch)
         losses: dict[str, torch.Tensor] = {}
-        for branch, layer_matches in matches.items():
-            last = len(layer_matches) - 1
-            for layer, match in enumerate(layer_matches):
-                name = ("" if layer == last else f"_aux_{layer}") + ("_o2m" if branch else "")
-                terms = _layer_terms(
-                    outputs, branch, layer, objects, match, keep, counts, pos_weight, from_scratch
-                )
-                losses |= {term + name: value for term, value in terms.items()}
+        for branch, layers in matches.items():
+            losses |= _branch_terms(outputs, branch, layers, targets, objects, counts, classify)
             if branch + "mask_embed" in outputs:
-                terms = _mask_terms(
-                    outputs, branch, targets, layer_matches[last], counts, mask_loss
-                )
+                terms = _mask_terms(outputs, branch, targets, layers[-1], counts, mask_loss)
                 losses |= {k + "_o2m" * bool(branch): value for k, value in terms.items()}
         if "semantic" in outputs:
             losses |= _semantic(outputs["semantic"].float(), targets, counts)
@@ -136,27 +131,28 @@ def compute_losses(
     return losses
 
 
-def _layer_terms(
+def _branch_terms(
     outputs: dict[str, torch.Tensor],
     branch: str,
-    layer: int,
+    matches: list[Match],
+    targets: Targets,
     objects: torch.Tensor,
-    match: Match,
-    keep: torch.Tensor,
     counts: dict[str, int],
-    pos_weight: float,
-    from_scratch: bool,
+    classify: Callable[..., torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Box, classification and (but for the one-to-many branch) presence terms of one layer."""
-    logits = outputs[branch + "logits"][layer].float()
-    boxes = outputs[branch + "boxes_cxcywh"][layer].float()
-    terms = _box_terms(boxes, objects, match, counts)
-    terms["loss_ce"] = _classification(
-        logits, boxes, objects, match, keep, counts, pos_weight, from_scratch
-    )
-    if not branch:
-        terms["presence_loss"] = _presence(outputs["presence"][layer].float(), keep, counts)
-    return terms
+    """Box, classification and (but for the one-to-many branch) presence terms of every layer."""
+    keep = torch.tensor([len(t["boxes_cxcywh"]) > 0 for t in targets], device=objects.device)
+    keep, named, last = keep.float(), {}, len(matches) - 1
+    for layer, match in enumerate(matches):
+        logits = outputs[branch + "logits"][layer].float()
+        boxes = outputs[branch + "boxes_cxcywh"][layer].float()
+        terms = _box_terms(boxes, objects, match, counts)
+        terms["loss_ce"] = classify(logits, boxes, objects, match, keep)
+        if not branch:
+            terms["presence_loss"] = _presence(outputs["presence"][layer].float(), keep, counts)
+        name = ("" if layer == last else f"_aux_{layer}") + ("_o2m" if branch else "")
+        named |= {term + name: value for term, value in terms.items()}
+    return named
 
 
 def total_loss(
