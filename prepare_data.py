@@ -4,6 +4,7 @@ r"""Brings annotated images into the one layout that training reads, and checks 
     python prepare_data.py coco --coco_json annotations.json --images_dir images/ \
         --output_dir data --split train
     python prepare_data.py validate --data_dir data --split train
+    python prepare_data.py demo --output_dir data/demo
 
 Also `yolo`, for YOLO boxes and polygons; `prepare_data.py yolo --help` lists its flags.
 
@@ -28,11 +29,13 @@ from sam3_lora.coco import (
     find_faults,
     find_split,
     read_coco,
+    read_split,
     split_dir,
     write_split,
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.formats import read_yolo
+from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
 
 logger = logging.getLogger("prepare_data")
 
@@ -67,6 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
     yolo = commands.add_parser("yolo", parents=[write], help="YOLO boxes or polygons")
     yolo.add_argument("--yolo_dir", type=Path, required=True, help="folder of images and labels")
     yolo.add_argument("--classes", help='names of class 0, 1, ... as "person,car"; else data.yaml')
+    demo = commands.add_parser("demo", parents=[output], help="a drawn data set, for a first try")
+    demo.add_argument(
+        "--task",
+        choices=TASKS,
+        default="parts",
+        help="parts: defects on metal, new to the demo model; shapes: what it knows "
+        "(default: parts)",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of the drawings (default: 0)")
+    demo.add_argument("--overwrite", action="store_true", help="replace splits that have files")
     check = commands.add_parser("validate", parents=[split], help="check a split")
     check.add_argument(
         "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
@@ -80,6 +93,13 @@ def create_folders(output_dir: Path) -> None:
         folder = split_dir(output_dir, split) / "images"
         folder.mkdir(parents=True, exist_ok=True)
         sys.stdout.write(f"{folder}\n")
+
+
+def write_demo(output_dir: Path, task: str, seed: int, overwrite: bool) -> None:
+    """Draws train/, val/ and test/ of a demo data set."""
+    for split in IMAGES:
+        folder = write_scenes(output_dir, split, *demo_split(task, split, seed), overwrite)
+        sys.stdout.write(f"{folder}\n{summary(read_split(folder))}")
 
 
 def read_source(args: argparse.Namespace) -> CocoSplit:
@@ -233,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(None, logging.INFO)
     if args.command == "create":
         create_folders(args.output_dir)
+    elif args.command == "demo":
+        write_demo(args.output_dir, args.task, args.seed, args.overwrite)
     elif args.command == "validate":
         return validate(args.data_dir, args.split)
     else:

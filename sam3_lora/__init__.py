@@ -12,5 +12,6 @@ metrics     box and mask AP, cgF1 and its factors, mask IoU
 engine      the only batch loop: training, evaluation, schedule, seeding
 evaluation  outputs to detections, a split to its metrics; a model ready to run
 checkpoint  the adapter file and the resume state
-drawing     overlays and curves
+scenes      drawn scenes: the demo task, and what the demo model knows
+drawing     overlays, panels, curves
 """

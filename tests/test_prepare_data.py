@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from sam3_lora import coco
+from sam3_lora import coco, scenes
 
 ROOT = Path(__file__).parents[1]
 
@@ -239,3 +239,18 @@ def test_command_line(capsys):
     )
     for flag in ("--yolo_dir", "--classes", "--output_dir", "--split", "--prompts", "--overwrite"):
         assert flag in run.stdout
+
+
+@pytest.mark.parametrize("task", scenes.TASKS)
+def test_demo_draws_three_splits_that_validate(task, tmp_path, monkeypatch, capsys):
+    for split in scenes.IMAGES:
+        monkeypatch.setitem(scenes.IMAGES, split, 4)
+    flags = ["demo", "--output_dir", str(tmp_path), "--task", task, "--seed", "3"]
+    assert prepare_data.main(flags) == 0
+    for split in ("train", "val", "test"):
+        assert prepare_data.main(["validate", "--data_dir", str(tmp_path), "--split", split]) == 0
+    before = (tmp_path / "val" / "annotations.json").read_bytes()
+    assert prepare_data.main(flags) == 2  # nothing is replaced unasked
+    assert "--overwrite" in capsys.readouterr().err
+    assert prepare_data.main([*flags, "--overwrite"]) == 0
+    assert (tmp_path / "val" / "annotations.json").read_bytes() == before
