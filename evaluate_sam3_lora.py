@@ -3,15 +3,21 @@
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --split test
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --base --split test
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --compare
 
 Every category is asked for on every image. Prints a table: AP of boxes and masks by category, cgF1
 with its factors pmF1 and IL_MCC, mask IoU, and how often an absent category is found all the same.
 --base evaluates the base model that the adapter was trained on, or --model_name, without adapter.
+--compare evaluates the adapter, then its base in the same process, and prints both side by side.
 
 Writes to output_dir (default: evaluation_<split>/ beside the adapter, or in outputs/base/):
     metrics.json      every figure
     detections.json   in COCO's results format, what the figures read: the best 100 of each image,
                       for AP, and all of score >= --score_threshold
+and with --compare, the base's figures being `base` in metrics.json:
+    base_detections.json   those of the base
+    panel.png              annotation, base and adapter side by side, on 4 images at most, those
+                           with the most different categories
 """
 
 from __future__ import annotations
@@ -19,15 +25,27 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from lora_layers import AdapterError
+from lora_layers import AdapterError, remove_lora
 from sam3_lora import checkpoint
-from sam3_lora.coco import CocoSplit, DatasetError, check_images, read_split, split_dir
+from sam3_lora.coco import (
+    CocoSplit,
+    DatasetError,
+    check_images,
+    decode_mask,
+    read_image,
+    read_split,
+    split_dir,
+)
 from sam3_lora.config import (
     Config,
     ConfigError,
@@ -38,13 +56,24 @@ from sam3_lora.config import (
     user_errors,
 )
 from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches
-from sam3_lora.evaluation import evaluate_split, load_forward, resolve_model, write_json
+from sam3_lora.drawing import draw_overlay, draw_panel, to_cell
+from sam3_lora.evaluation import (
+    evaluate_split,
+    load_forward,
+    resolve_model,
+    write_atomically,
+    write_json,
+)
 from sam3_lora.forward import Forward
 from sam3_lora.losses import compute_losses, count_targets
-from sam3_lora.metrics import format_summary
+from sam3_lora.metrics import format_comparison, format_summary
 from sam3_lora.model import ModelError, image_size, num_queries
 
 log = logging.getLogger("evaluate")
+
+COMPARISON_FILES = ("base_detections.json", "panel.png")
+PANEL_IMAGES = 4
+PANEL_TITLES = ("annotation", "base model", "adapter")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,6 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--lora_weights", type=Path, help="adapter file, or the folder it is in")
     parser.add_argument("--base", action="store_true", help="evaluate without the adapter")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also evaluate the base without the adapter, and draw both beside the truth",
+    )
     parser.add_argument(
         "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
     )
@@ -67,6 +101,21 @@ def build_parser() -> argparse.ArgumentParser:
     sections = ("model", "evaluation", "hardware")
     add_config_flags(parser, sections, without=("best_metric",))
     return parser
+
+
+def check_subject(args: argparse.Namespace) -> None:
+    """Raises ConfigError unless the flags name what to evaluate."""
+    if args.compare and (args.base or args.lora_weights is None):
+        found = "--base" if args.base else "no adapter"
+        raise ConfigError(
+            f"--compare: expected --lora_weights FILE alone, found {found}; it evaluates the "
+            "adapter and its base in one run"
+        )
+    if args.lora_weights is None and not args.base:
+        raise ConfigError(
+            "expected an adapter, found none; give --lora_weights FILE, or --base for the base "
+            "model alone"
+        )
 
 
 def choose_output(args: argparse.Namespace, data: Path) -> Path:
@@ -87,11 +136,6 @@ def choose_output(args: argparse.Namespace, data: Path) -> Path:
 
 def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, str]:
     """The model to evaluate, and what it is."""
-    if args.lora_weights is None and not args.base:
-        raise ConfigError(
-            "expected an adapter, found none; give --lora_weights FILE, or --base for the base "
-            "model alone"
-        )
     adapter = checkpoint.read_adapter(args.lora_weights) if args.lora_weights else {}
     name, geometry_cls = resolve_model(asdict(config.model), vars(args), adapter)
     weights = None if args.base else args.lora_weights
@@ -100,22 +144,26 @@ def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, st
     return forward, f"{name} + {weights}" if weights else name
 
 
-def run_evaluation(
-    forward: Forward, split: CocoSplit, config: Config
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of a split, and its detections as COCO results."""
+def build_batches(forward: Forward, split: CocoSplit, config: Config) -> Iterable[dict[str, Any]]:
+    """Batches of one image with all its prompts; turns masks off where the split has none."""
     model = forward.model
     dataset = PromptDataset(split, image_size(model), num_queries(model), train=False)
     if not dataset.has_masks():
         log.warning("the split has no masks: box metrics only")
         forward.masks = False
     batches = epoch_batches(len(dataset), 1, 0, 0, shuffle=False)
-    loader = build_loader(dataset, batches, config.hardware.num_workers)
+    return build_loader(dataset, batches, config.hardware.num_workers)
+
+
+def run_evaluation(
+    forward: Forward, batches: Iterable[dict[str, Any]], split: CocoSplit, config: Config
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Metrics of a split, and its detections as COCO results."""
     return evaluate_split(
         forward,
         compute_losses,
         count_targets,
-        tqdm(loader, "images", disable=not sys.stderr.isatty()),
+        tqdm(batches, "images", disable=not sys.stderr.isatty()),
         split,
         max_rows=config.hardware.max_rows_per_forward,
         max_detections=config.evaluation.max_detections,
@@ -123,13 +171,67 @@ def run_evaluation(
     )
 
 
-def write_files(output_dir: Path, metrics: dict[str, Any], results: list, replaced: bool) -> None:
-    """Writes the evaluation; an earlier one is renamed with its folder unless it is replaced."""
+def draw_comparison(
+    split: CocoSplit, base: list[dict[str, Any]], adapter: list[dict[str, Any]], threshold: float
+) -> np.ndarray:
+    """The annotations beside two models' COCO results of score >= threshold, on the images with the
+    most different categories."""
+    truth = [
+        {**a, "image_id": image["id"]}
+        for image in split.images
+        for a in split.annotations[image["id"]]
+        if not a["iscrowd"]  # a region to ignore, as in the figures
+    ]
+    kinds = Counter(image_id for image_id, _ in {(a["image_id"], a["category_id"]) for a in truth})
+    images = sorted(split.images, key=lambda image: -kinds[image["id"]])[:PANEL_IMAGES]
+    chosen = {image["id"] for image in images}
+    found = [[row for row in rows if row["score"] >= threshold] for rows in (base, adapter)]
+    columns = [[row for row in rows if row["image_id"] in chosen] for rows in (truth, *found)]
+    # The annotations come first: they get the colours that no two categories share.
+    shown = dict.fromkeys(row["category_id"] for column in columns for row in column)
+    colors = {category_id: k for k, category_id in enumerate(shown)}
+    pictures = []
+    for image in images:
+        photo = read_image(split.image_path(image))
+        own = ([row for row in column if row["image_id"] == image["id"]] for column in columns)
+        pictures.append([draw_cell(photo, rows, split, colors) for rows in own])
+    return draw_panel(pictures, PANEL_TITLES, {split.phrase(c): k for c, k in colors.items()})
+
+
+def draw_cell(
+    photo: np.ndarray, rows: list[dict[str, Any]], split: CocoSplit, colors: dict[int, int]
+) -> np.ndarray:
+    """Annotations or COCO results over their photo, scaled before, so that tags stay readable."""
+    size = photo.shape[:2]
+    cell = to_cell(photo)
+    scale = np.divide(cell.shape[1::-1], size[::-1])  # of x and y
+    corners = np.array([row["bbox"] for row in rows]).reshape(-1, 2, 2).cumsum(axis=1)
+    segmentations = [row.get("segmentation") for row in rows]
+    masks = (to_cell(decode_mask(s, *size) if s else np.zeros(size, bool)) for s in segmentations)
+    scores = [f" {row['score']:.2f}" if "score" in row else "" for row in rows]
+    return draw_overlay(
+        cell,
+        masks if any(segmentations) else None,
+        (corners * scale).reshape(-1, 4),
+        [split.phrase(row["category_id"]) + s for row, s in zip(rows, scores, strict=True)],
+        [colors[row["category_id"]] for row in rows],
+    )
+
+
+def write_files(
+    output_dir: Path, metrics: dict[str, Any], found: dict[str, list], replaced: bool
+) -> None:
+    """Writes figures and detections, by file name; an earlier evaluation is renamed with its folder
+    unless it is replaced."""
     earlier = (output_dir / "metrics.json").exists()
-    if earlier and not replaced and (moved := checkpoint.set_aside(output_dir)):
+    if earlier and replaced:
+        for name in COMPARISON_FILES:  # which this evaluation may not write
+            (output_dir / name).unlink(missing_ok=True)
+    elif earlier and (moved := checkpoint.set_aside(output_dir)):
         log.warning("%s held an earlier evaluation: renamed to %s", output_dir, moved)
     write_json(output_dir / "metrics.json", metrics, indent=2)
-    write_json(output_dir / "detections.json", results)
+    for name, results in found.items():
+        write_json(output_dir / name, results)
     log.info("wrote %s", output_dir / "metrics.json")
 
 
@@ -139,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(None)
     config = config_from_args(args)
+    check_subject(args)
     # 1. The data and where to write, before any weight loads.
     folder = split_dir(args.data_dir, args.split)
     output_dir = choose_output(args, folder)
@@ -149,11 +252,26 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Every category on every image.
     forward, subject = build_forward(args, config)
     log.info("%s on %s: %d of %d images", subject, folder, len(split.images), total)
-    summary, results = run_evaluation(forward, split, config)
-    # 3. The table and the files.
+    batches = build_batches(forward, split, config)
+    summary, results = run_evaluation(forward, batches, split, config)
     described = {"model": subject, "data": str(folder), "split": args.split, **summary}
+    found = {"detections.json": results}
     sys.stdout.write(format_summary(summary) + "\n")
-    write_files(output_dir, described, results, args.replace)
+    # 3. The base model that is under the adapter.
+    if args.compare:
+        remove_lora(forward.model)
+        log.info("its base on the same images")
+        base, found["base_detections.json"] = run_evaluation(forward, batches, split, config)
+        described["base"] = base
+        sys.stdout.write("\n" + format_comparison(base, summary) + "\n")
+    # 4. The files; the picture last, which reads photos again.
+    write_files(output_dir, described, found, args.replace)
+    if args.compare:
+        threshold = config.evaluation.score_threshold
+        panel = draw_comparison(split, found["base_detections.json"], results, threshold)
+        save = Image.fromarray(panel).save
+        write_atomically(output_dir / "panel.png", lambda path: save(path, "PNG"))
+        log.info("wrote %s", output_dir / "panel.png")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Pictures: detections over an image, training curves.
+"""Pictures: detections over an image, panels of such pictures, training curves.
 
 Images are uint8 (H, W, 3) RGB, boxes xyxy in pixels. Line width and text follow the image's
 size, so that a thumbnail and a 20-megapixel photo read alike.
@@ -6,7 +6,7 @@ size, so that a thumbnail and a 20-megapixel photo read alike.
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ MIN_FONT_SIZE = 8  # pixels; smaller is unreadable
 CROWDED = 15  # detections; above, text is set smaller
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 LIGHT = 140  # of 255; on lighter tags the text is black
+CELL_SIZE = (384, 768)  # height of a panel's pictures, pixels; the width of those too wide
+GUTTER = 8  # pixels between them
+TITLE_SIZE = 20  # of the font, pixels; the legend's is smaller
+LEGEND_SIZE = 15
 QUALITY_KEYS = ("ap", "ap50", "cgf1")  # in any case
 IOU_KEYS = ("iou", "mask_iou", "box_iou")  # likewise
 LEGEND_INSIDE = 6  # curves; a legend of more hides them
@@ -176,14 +180,28 @@ def _draw_tags(
         if not box or not label:
             continue
         text, font = _fitted(label, font_size, size[0])
-        left, _, right, _ = font.getbbox(text)
-        pad = max(1, font_size // 6)
-        tag_w, tag_h = right - left + 2 * pad, sum(font.getmetrics()) + pad
-        x, y = _tag_position(box, (tag_w, tag_h), size, placed)
-        placed.append((x, y, x + tag_w, y + tag_h))
-        draw.rectangle([x, y, x + tag_w - 1, y + tag_h - 1], fill=color)
-        ink = (0, 0, 0) if np.dot(color, LUMA) > LIGHT else (255, 255, 255)
-        draw.text((x + pad - left, y + pad / 2), text, fill=ink, font=font)
+        tag = _tag_size(text, font)
+        x, y = _tag_position(box, tag, size, placed)
+        placed.append((x, y, x + tag[0], y + tag[1]))
+        _draw_tag(draw, placed[-1], text, font, color)
+
+
+def _tag_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    """Width and height of a tag."""
+    left, _, right, _ = font.getbbox(text)
+    pad = max(1, font.size // 6)
+    return right - left + 2 * pad, sum(font.getmetrics()) + pad
+
+
+def _draw_tag(
+    draw: ImageDraw.ImageDraw, box: tuple, text: str, font: ImageFont.FreeTypeFont, color: tuple
+) -> None:
+    """Fills a box of `_tag_size` and writes the text in it."""
+    x, y, right, bottom = box
+    pad = max(1, font.size // 6)
+    draw.rectangle([x, y, right - 1, bottom - 1], fill=color)
+    ink = (0, 0, 0) if np.dot(color, LUMA) > LIGHT else (255, 255, 255)
+    draw.text((x + pad - font.getbbox(text)[0], y + pad / 2), text, fill=ink, font=font)
 
 
 def _fitted(text: str, font_size: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
@@ -231,6 +249,62 @@ def _tag_position(
     return min(places, key=covered)
 
 
+def to_cell(image: np.ndarray) -> np.ndarray:
+    """An image, uint8 (H, W, 3), or a mask, bool (H, W), scaled to a panel's CELL_SIZE."""
+    height, width = image.shape[:2]
+    scale = min(CELL_SIZE[0] / height, CELL_SIZE[1] / width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.array(Image.fromarray(image).resize(size))  # bicubic; of a mask the nearest pixel
+
+
+def draw_panel(
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    legend: Mapping[str, int] | None = None,
+) -> np.ndarray:
+    """Puts pictures side by side on white.
+
+    Args:
+        rows: a picture, uint8 (H, W, 3), for each title in each row; scaled by `to_cell`.
+        titles: of the columns.
+        legend: text -> index into PALETTE, counted round; tags below the pictures.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    cells = [[to_cell(picture) for picture in row] for row in rows]
+    widths = [max(c.shape[1] for c in column) for column in zip(*cells, strict=True)]
+    font = _font(TITLE_SIZE)
+    tops = [sum(font.getmetrics()) + GUTTER]
+    tops += [max(c.shape[0] for c in row) + GUTTER for row in cells]
+    *tops, top = np.cumsum(tops).tolist()
+    *lefts, right = np.cumsum([GUTTER, *(w + GUTTER for w in widths)]).tolist()
+    tags, bottom = _place_legend(legend or {}, top, right)
+    panel = Image.new("RGB", (right, bottom), (255, 255, 255))
+    draw = ImageDraw.Draw(panel)
+    for title, left, width in zip(titles, lefts, widths, strict=True):
+        text, fitted = _fitted(title, TITLE_SIZE, width)
+        draw.text((left + width / 2, GUTTER / 2), text, (0, 0, 0), fitted, anchor="ma")
+    for top, row in zip(tops, cells, strict=True):
+        for left, width, cell in zip(lefts, widths, row, strict=True):
+            panel.paste(Image.fromarray(cell), (left + (width - cell.shape[1]) // 2, top))
+    for box, text, color in tags:
+        _draw_tag(draw, box, text, _font(LEGEND_SIZE), color)
+    return np.array(panel)
+
+
+def _place_legend(legend: Mapping[str, int], top: int, right: int) -> tuple[list[tuple], int]:
+    """The legend's tags, (xyxy, text, colour), in as many lines as they need, and their end."""
+    x, tags, font = GUTTER, [], _font(LEGEND_SIZE)
+    for text, color in legend.items():
+        width, height = _tag_size(text, font)
+        if x > GUTTER and x + width + GUTTER > right:
+            x, top = GUTTER, top + height + GUTTER
+        tags.append(((x, top, x + width, top + height), text, PALETTE[color % len(PALETTE)]))
+        x += width + GUTTER
+    return tags, tags[-1][0][3] + GUTTER if tags else top
+
+
 def draw_curves(log_rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Draws loss, loss terms, learning rate and quality over the steps, and saves the picture.
 
@@ -245,12 +319,12 @@ def draw_curves(log_rows: Iterable[dict[str, Any]], path: Path) -> None:
     rows = [row for row in log_rows if _finite(row.get("step"))]
     figure = Figure(figsize=(15, 7), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True).flat
-    for axis, (title, curves) in zip(axes, _panels(rows).items(), strict=True):
-        _draw_panel(axis, title, curves)
+    for axis, (title, curves) in zip(axes, _curves(rows).items(), strict=True):
+        _draw_axis(axis, title, curves)
     _save(figure, Path(path))
 
 
-def _panels(rows: list[dict[str, Any]]) -> dict[str, list[tuple[list[dict], str, str]]]:
+def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[list[dict], str, str]]]:
     """Title -> curves (rows, key, label).
 
     Training's loss has terms that validation's has not (the one-to-many branch), and the two are
@@ -273,7 +347,7 @@ def _panels(rows: list[dict[str, Any]]) -> dict[str, list[tuple[list[dict], str,
     }
 
 
-def _draw_panel(axis: Any, title: str, curves: list[tuple[list[dict], str, str]]) -> None:
+def _draw_axis(axis: Any, title: str, curves: list[tuple[list[dict], str, str]]) -> None:
     """Draws the curves of one panel, losses that fall far on a logarithmic axis."""
     from matplotlib import colormaps  # slow to import
     from matplotlib.ticker import LogLocator, MaxNLocator

@@ -426,6 +426,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     fired = f"{counts['false_positive_pairs']} of {counts['absent_pairs']} absent prompts fired"
     figures = [
         ("cgF1", cg["cgF1"], f"(pmF1 x IL_MCC, on {geometry}; {pairs})"),
+        ("cgF1@0.5", cg["cgF1@0.5"], ""),
         ("pmF1", cg["pmF1"], ""),
         ("IL_MCC", cg["IL_MCC"], ""),
         ("mask IoU", summary["mask_iou"], ""),
@@ -435,6 +436,29 @@ def format_summary(summary: dict[str, Any]) -> str:
     lines = [*_ap_rows(summary), "", f"at score >= {summary['score_threshold']:g}:"]
     lines += [f"{name:<19}  {_cell(value):>9}  {note}".rstrip() for name, value, note in figures]
     return "\n".join(lines)
+
+
+def format_comparison(base: dict[str, Any], adapter: dict[str, Any]) -> str:
+    """The main figures of two summaries (see `DetectionAccumulator.summary`) side by side."""
+    columns = [_main_figures(base), _main_figures(adapter)]
+    width = max(map(len, columns[0]))
+    lines = [f"{'':<{width}}" + "".join(f"  {t:>10}" for t in ("base", "adapter", "difference"))]
+    for name, (a, b) in ((name, [c[name] for c in columns]) for name in columns[0]):
+        # Adding 0 turns -0.0 into 0.0.
+        change = "undefined" if a is None or b is None else f"{round(b - a, 3) + 0.0:+.3f}"
+        lines.append(f"{name:<{width}}  {_cell(a):>10}  {_cell(b):>10}  {change:>10}")
+    return "\n".join(lines)
+
+
+def _main_figures(summary: dict[str, Any]) -> dict[str, float | None]:
+    """What a comparison shows of a summary."""
+    blocks = {"box": summary["bbox"], "mask": summary["segm"] or {}}
+    return {
+        **{f"{kind} {m}": block.get(m) for kind, block in blocks.items() for m in ("AP", "AP50")},
+        **{name: summary["cgf1"][name] for name in ("cgF1@0.5", "cgF1", "IL_MCC", "pmF1")},
+        "mask IoU": summary["mask_iou"],
+        "false positives on absent prompts": summary["false_positive_rate"],
+    }
 
 
 def _ap_rows(summary: dict[str, Any]) -> list[str]:
