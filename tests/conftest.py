@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ def demo_model() -> ModuleType:
     path = ROOT / "demo" / "make_sam3_tiny.py"
     spec = importlib.util.spec_from_file_location("make_sam3_tiny", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there for their types
     spec.loader.exec_module(module)
     return module
 
