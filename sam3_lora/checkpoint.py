@@ -112,6 +112,9 @@ def read_adapter(path: Path) -> dict[str, Any]:
         )
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in content["lora_config"].items()}
     known = {field.name: type(field.default) for field in dataclass_fields(LoRAConfig)}
+    # LoRAConfig(alpha=16) is as good as 16.0.
+    whole = [k for k, v in fields.items() if type(v) is int and known.get(k) is float]
+    fields |= {k: float(fields[k]) for k in whole}
     odd = [k for k in known.keys() | fields.keys() if type(fields.get(k)) is not known.get(k)]
     if odd:
         raise AdapterError(f"{path}: lora_config: expected {known}, found other {', '.join(odd)}")

@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,11 @@ def test_the_file_is_plain_data_and_holds_the_adapter_alone(trained, file):
 def test_saving_replaces_an_older_file(trained, file):
     save_adapter(file, trained, LORA, **DESCRIPTION | {"step": 13})
     assert read_adapter(file)["step"] == 13
+
+
+def test_a_whole_number_is_as_good_an_alpha(trained, file):
+    save_adapter(file, trained, replace(LORA, alpha=4), **DESCRIPTION)
+    assert read_adapter(file)["lora_config"] == LORA
 
 
 def test_a_fingerprint_belongs_to_a_base(base, trained):
