@@ -78,8 +78,8 @@ WEIGHTS = {
     "loss_giou": 2.0,
     "loss_ce": 2.0,
     "presence_loss": 6.0,
-    "loss_mask": 20.0,
-    "loss_dice": 5.0,
+    "loss_mask": 40.0,
+    "loss_dice": 10.0,
     "loss_semantic_seg": 10.0,
     "loss_semantic_dice": 5.0,
 }
@@ -362,17 +362,21 @@ def boxes_of(masks: torch.Tensor) -> torch.Tensor:
     return torch.stack([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], dim=1)
 
 
-def pretrain(folder: Path, steps: int, learning_rate: float, seed: int, device: str) -> None:
-    """Trains every weight of a folder's model on endless scenes, in place.
+def pretrain(
+    folder: Path, start: Path, steps: int, learning_rate: float, seed: int, device: str
+) -> None:
+    """Trains every weight of a model on endless scenes.
 
     Args:
-        folder: as written by `make_tiny`, in the detector's layout. Saved every `SAVE_STEPS` too.
+        folder: where the weights go, every `SAVE_STEPS` too; as written by `make_tiny`, in the
+            detector's layout.
+        start: folder of the weights to start from, the same or one of the same size.
         steps: optimizer steps; warm-up, then cosine.
         learning_rate: peak, of AdamW.
         seed: of the scenes.
         device: where to train.
     """
-    model, tokenizer = load_model(str(folder))
+    model, tokenizer = load_model(str(start))
     model.requires_grad_(True).to(choose_device(device))
     head = DenseHead(model.config.detr_decoder_config.hidden_size).to(model.device)
     records = engine.train_one_epoch(
@@ -424,6 +428,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny224", help="default: tiny224")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     parser.add_argument("--hub_layout", action="store_true", help="as facebook/sam3 is published")
+    parser.add_argument("--init_from", type=Path, help="folder whose weights to start from")
     parser.add_argument("--steps", type=int, default=0, help="of pretraining (default: 0)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="default: 1e-3")
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda (default: auto)")
@@ -437,7 +442,8 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(None, logging.INFO)
     make_tiny(args.output_dir, args.size, args.seed, args.hub_layout)
     if args.steps:
-        pretrain(args.output_dir, args.steps, args.learning_rate, args.seed, args.device)
+        start = args.init_from or args.output_dir
+        pretrain(args.output_dir, start, args.steps, args.learning_rate, args.seed, args.device)
     sys.stdout.write(f"{args.output_dir}\n")
     return 0
 

@@ -1,0 +1,100 @@
+"""What the demo model is made with: its tokenizer, and the batches it is pretrained on."""
+
+import numpy as np
+import pytest
+import torch
+
+from sam3_lora import scenes
+from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS
+from sam3_lora.forward import PADDING_BOX
+from sam3_lora.model import load_model
+from sam3_lora.scenes import Scene, draw_prompt, shape_prompts
+
+KINDS = [("striped", "red", "ring"), ("plain", "red", "circle"), ("striped", "red", "ring")]
+
+
+def test_a_word_that_the_model_learns_is_one_token_and_others_are_bytes(demo_model):
+    tokenizer = demo_model.make_tokenizer()
+    for word in ("visual", *(word for words in demo_model.WORDS for word in words)):
+        assert tokenizer.tokenize(word) == [f"{word}</w>"]
+    assert tokenizer.tokenize("Red cup") == ["red</w>", "c", "u", "p</w>"]
+    assert len(tokenizer.tokenize("Ж")) == 2  # bytes of UTF-8
+    assert tokenizer("red")["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_the_vocabulary_widens_and_absent_prompts_are_absent():
+    seen: dict[float, set] = {0.0: set(), 1.0: set()}
+    for progress, texts in seen.items():
+        for seed in range(400):
+            prompt = draw_prompt(np.random.default_rng(seed), KINDS, progress, ("anvil",))
+            text, objects = prompt["text"], prompt["objects"]
+            texts.add(text)
+            if not prompt["boxes"]:
+                answering = [g for g, kind in enumerate(KINDS) if text in scenes.phrases(kind)]
+                assert objects == answering
+    assert seen[0.0] == {*scenes.TEXTURES, *scenes.COLOURS, "anvil"}
+    assert seen[1.0] <= {*shape_prompts(), "anvil", None}
+    assert {"ring", "red ring", "square", "anvil", None} < seen[1.0]
+
+
+def test_an_exemplar_asks_for_its_kind_and_a_negative_one_takes_its_kind_out():
+    shown = {"visual": 0, "text": 0, "refused": 0}
+    for seed in range(300):
+        prompt = draw_prompt(np.random.default_rng(seed), KINDS, 1.0, ("anvil",))
+        if not prompt["boxes"]:
+            continue
+        (boxed, positive), *negative = prompt["boxes"]
+        assert positive == 1 and all(label == 0 for _, label in negative)
+        assert boxed in prompt["objects"]
+        assert all(KINDS[g] != KINDS[boxed] for g, _ in negative)
+        if prompt["text"] is None:
+            assert prompt["objects"] == [g for g, k in enumerate(KINDS) if k == KINDS[boxed]]
+            shown["visual"] += 1
+        elif negative:
+            refused = KINDS[negative[0][0]]
+            assert all(KINDS[g] != refused for g in prompt["objects"])
+            shown["refused"] += 1
+        else:
+            shown["text"] += 1
+    assert min(shown.values()) > 5
+
+
+def test_a_batch_of_scenes_has_targets_dense_labels_and_padded_boxes(demo_model, monkeypatch):
+    mask = np.zeros((2, 224, 224), bool)
+    mask[0, 20:100, 40:120], mask[1, 120:180, 100:200] = True, True
+    kinds = [("plain", "blue", "square"), ("striped", "yellow", "ring")]
+    scene = Scene(np.zeros((224, 224, 3), np.uint8), mask, kinds)
+    monkeypatch.setattr(demo_model, "draw_shapes", lambda rng: scene)
+    *_, batch = demo_model.scene_batches(0, 3, 112)
+    rows = demo_model.IMAGES * demo_model.PROMPTS
+    assert batch["images"].shape == (demo_model.IMAGES, 3, 112, 112)
+    assert len(batch["texts"]) == len(batch["targets"]) == rows
+    expected = torch.tensor([[40 / 112, 30 / 112, 40 / 112, 40 / 112]])
+    torch.testing.assert_close(demo_model.boxes_of(torch.tensor(mask[:1, ::2, ::2])), expected)
+    labels = batch["labels"][0]
+    assert labels[:, 30, 40].tolist() == [1, 3, 2]  # plain, blue, square
+    assert labels[:, 75, 75].tolist() == [2, 4, 4]  # striped, yellow, ring
+    assert labels[:, 0, 0].tolist() == [0, 0, 0]
+    prompts, signs = batch["box_prompts_cxcywh"], batch["box_prompt_labels"]
+    assert prompts.shape == (rows, signs.shape[1], 4)
+    assert set(signs.flatten().tolist()) <= {1, 0, PADDING_BOX}
+    assert (signs == 1).any(1).sum() > 0
+    for text, target in zip(batch["texts"], batch["targets"], strict=True):
+        assert len(target["masks"]) == len(target["boxes_cxcywh"]) == len(target["has_mask"])
+        assert text not in OUT_OF_DOMAIN_WORDS or not len(target["masks"])
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_pretraining_moves_every_part_and_leaves_a_folder_that_loads(
+    demo_model, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(demo_model, "IMAGES", 2)
+    folder = demo_model.make_tiny(tmp_path, "tiny112")
+    before = load_model(str(folder))[0].state_dict()
+    demo_model.pretrain(folder, folder, 2, 1e-3, seed=0, device="cpu")
+    after = load_model(str(folder))[0].state_dict()
+    assert before.keys() == after.keys()
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    moved = {name.split(".")[0] for name in before.keys() - still}
+    assert moved >= {"vision_encoder", "text_encoder", "detr_encoder", "detr_decoder"}
+    assert moved >= {"mask_decoder", "dot_product_scoring"}
