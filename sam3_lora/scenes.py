@@ -317,7 +317,7 @@ def write_scenes(
             height, width = scene.image.shape[:2]
             images.append({"id": number, "file_name": name, "width": width, "height": height})
             annotations[number] = [
-                {"category_id": ids[phrase], **_record(mask)}
+                {"category_id": ids[phrase], **to_annotation(mask)}
                 for mask, kind in zip(scene.masks, scene.kinds, strict=True)
                 for phrase in phrases(kind)
                 if phrase in ids
@@ -329,8 +329,8 @@ def write_scenes(
         )  # fmt: skip
 
 
-def _record(mask: np.ndarray) -> dict:
-    """The COCO fields of a mask (S,S)."""
+def to_annotation(mask: np.ndarray) -> dict[str, Any]:
+    """The COCO fields of an object from its mask (S,S) bool, not empty."""
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     left, top = int(columns[0]), int(rows[0])
     box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
