@@ -84,7 +84,7 @@ WEIGHTS = {
     "loss_semantic_dice": 5.0,
 }
 DENSE_WEIGHT, POS_WEIGHT = 2.0, 2.0
-WEIGHT_DECAY, MAX_GRAD_NORM = 0.01, 10.0
+WEIGHT_DECAY, MAX_GRAD_NORM, TEXT_RATE = 0.01, 10.0, 0.05
 WARMUP_STEPS, LOG_STEPS, SAVE_STEPS = 200, 100, 500
 
 
@@ -194,6 +194,7 @@ def make_tiny(
     torch.manual_seed(seed)
     model = Sam3Model(tiny_config(size, tokenizer)).eval()
     spread_queries(model)
+    spread_words(model)
     side = SIZES[size]["image"]
     mask_side = 4 * side // PATCH
     image_processor = Sam3ImageProcessor(
@@ -225,6 +226,19 @@ def spread_queries(model: Sam3Model) -> None:
     decoder.query_embed.weight.normal_()
     decoder.box_head.layer3.weight.zero_()
     decoder.box_head.layer3.bias.zero_()
+
+
+@torch.no_grad()
+def spread_words(model: Sam3Model) -> None:
+    """Starts the tokens apart; training from scratch needs it.
+
+    At the library's small weights all words begin as nearly one vector, a tenth as long as the
+    other features, and nothing in the loss parts them before an object is found.
+    """
+    embeddings = model.text_encoder.text_model.embeddings
+    embeddings.token_embedding.weight.normal_()
+    embeddings.position_embedding.weight.normal_(std=0.1)
+    nn.init.orthogonal_(model.text_projection.weight)
 
 
 class DenseHead(nn.Module):
@@ -377,7 +391,7 @@ def pretrain(
         device: where to train.
     """
     model, tokenizer = load_model(str(start))
-    model.requires_grad_(True).to(choose_device(device))
+    model.to(choose_device(device))
     head = DenseHead(model.config.detr_decoder_config.hidden_size).to(model.device)
     records = engine.train_one_epoch(
         DenseForward(Forward(model, tokenizer, one_to_many=True), head),
@@ -385,7 +399,7 @@ def pretrain(
         count_targets,
         scene_batches(seed, steps, image_size(model)),
         # Without dropout, as loaded: endless scenes cannot be learned by heart.
-        engine.build_optimizer(nn.ModuleList([model, head]), learning_rate, WEIGHT_DECAY),
+        build_optimizer(model, head, learning_rate),
         lambda step: engine.lr_factor("cosine", step, steps, WARMUP_STEPS),
         max_grad_norm=MAX_GRAD_NORM,
         max_rows=IMAGES * PROMPTS,
@@ -399,6 +413,20 @@ def pretrain(
         if record["step"] % SAVE_STEPS == 0:
             model.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+def build_optimizer(model: Sam3Model, head: DenseHead, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over every weight, the text encoder's at a smaller rate.
+
+    At the same rate it learns first to tell words from unknown ones, and makes all words one.
+    """
+    model.requires_grad_(True)
+    text = nn.ModuleList([model.text_encoder, model.text_projection]).requires_grad_(False)
+    optimizer = engine.build_optimizer(nn.ModuleList([model, head]), learning_rate, WEIGHT_DECAY)
+    parameters = list(text.requires_grad_(True).parameters())
+    rate = TEXT_RATE * learning_rate
+    optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": WEIGHT_DECAY})
+    return optimizer
 
 
 def _terms(row: dict[str, Any]) -> str:

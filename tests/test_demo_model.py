@@ -1,15 +1,22 @@
 """What the demo model is made with: its tokenizer, and the batches it is pretrained on."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from transformers import Sam3Model, Sam3Processor
 
+from example_usage import find
 from sam3_lora import scenes
+from sam3_lora.coco import encode_mask, mask_iou
 from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS
+from sam3_lora.evaluation import load_forward
 from sam3_lora.forward import PADDING_BOX
 from sam3_lora.model import load_model
-from sam3_lora.scenes import Scene, draw_prompt, shape_prompts
+from sam3_lora.scenes import Scene, draw_prompt, draw_shapes, shape_prompts
 
+SHIPPED = Path(__file__).resolve().parent.parent / "demo" / "sam3_tiny"
 KINDS = [("striped", "red", "ring"), ("plain", "red", "circle"), ("striped", "red", "ring")]
 
 
@@ -98,3 +105,30 @@ def test_pretraining_moves_every_part_and_leaves_a_folder_that_loads(
     moved = {name.split(".")[0] for name in before.keys() - still}
     assert moved >= {"vision_encoder", "text_encoder", "detr_encoder", "detr_decoder"}
     assert moved >= {"mask_decoder", "dot_product_scoring"}
+
+
+def test_the_shipped_folder_loads_as_the_hub_s_would_and_is_small():
+    model = Sam3Model.from_pretrained(SHIPPED)
+    processor = Sam3Processor.from_pretrained(SHIPPED)
+    image = draw_shapes(np.random.default_rng(0)).image
+    inputs = processor(images=image, text="red circle", return_tensors="pt")
+    outputs = model(**inputs)
+    assert outputs.pred_masks.shape[:2] == outputs.pred_logits.shape
+    assert sum(f.stat().st_size for f in SHIPPED.rglob("*")) < 12e6
+
+
+def test_the_shipped_model_finds_what_it_is_asked_for_and_nothing_else():
+    forward = load_forward(str(SHIPPED), "meta", "cpu", "no")
+    prompts = ["red", "circle", "striped", "blue square", "anvil"]
+    right = false = objects = 0
+    for seed in range(30):
+        scene = draw_shapes(np.random.default_rng((7, seed)))
+        found = find(forward, scene.image, prompts)
+        for row, prompt in enumerate(prompts):
+            wanted = [g for g, kind in enumerate(scene.kinds) if prompt in scenes.phrases(kind)]
+            rles = [r for r, own in zip(found["rles"], found["row"], strict=True) if own == row]
+            truth = [encode_mask(scene.masks[g]) for g in wanted]
+            hits = int((mask_iou(rles, truth) > 0.5).any(0).sum())
+            right, false, objects = right + hits, false + len(rles) - hits, objects + len(truth)
+    assert right > 0.8 * objects > 50
+    assert false < 0.2 * objects

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import evaluate_sam3_lora
+import example_usage
 import prepare_data
 import train_sam3_lora
 from sam3_lora import config as config_module
@@ -337,3 +338,12 @@ def test_help_needs_no_weights(script):
     )
     assert done.returncode == 0
     assert "python " + script in done.stdout
+
+
+def test_the_tour_of_the_api_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(example_usage, "STEPS", 2)
+    assert example_usage.main(["--output_dir", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "trainable: 86,016 of" in output and "found:" in output
+    for name in ("lora_weights.pt", "curves.png", "overlay.png"):
+        assert (tmp_path / name).stat().st_size > 1000
