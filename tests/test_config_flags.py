@@ -260,7 +260,8 @@ def test_logging_goes_to_stderr_and_to_the_end_of_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = logging.getLogger()
-    before = list(root.handlers)
+    # Those of an earlier call, of another test, are replaced.
+    before = [h for h in root.handlers if h.get_name() != setup_logging.__module__]
     path = tmp_path / "run" / "train.log"
     try:
         for _ in range(2):
