@@ -1,7 +1,7 @@
 """Procedural scenes: the world of the demo base, and the demo task that it has to learn.
 
     draw_shapes   circles, squares, triangles, rings; four colours; plain or striped   (demo base)
-    draw_part     a brushed metal plate with rust, oil leaks, burn marks, scratches    (demo task)
+    draw_part     a brushed metal plate with rust, oil leaks, burn marks, corrosion    (demo task)
 
 A scene is drawn from a random generator alone, so a seed is a data set.
 """
@@ -30,7 +30,7 @@ COLOURS = {
     "yellow": (230, 205, 50),
 }
 TEXTURES = ("plain", "striped")
-DEFECTS = ("rust", "oil leak", "burn mark", "scratches")
+DEFECTS = ("rust", "oil leak", "burn mark", "corrosion")
 TASKS = ("parts", "shapes")
 # Images of a demo data set's splits. The training split of the parts has scenes of the base's own
 # beside them, so that what it knows is not forgotten.
@@ -259,10 +259,8 @@ def _defect(
         rings = 0.5 + 0.5 * np.cos(7 * distance + rng.uniform(-0.5, 0.5))
         tint = rings * np.array([110, 60, 150]) + (1 - rings) * np.array([200, 160, 95])
         return 0.85 * tint + 0.15 * surface
-    along, _ = _turn(across, down, rng.uniform(0, np.pi))
-    period = radius * rng.uniform(0.2, 0.26)
-    phase = along % period / period
-    return surface + np.where(phase < 0.3, 75.0, np.where(phase < 0.6, -75.0, 0.0))[..., None]
+    crust = rng.uniform(0, 1, (*across.shape, 1)) ** 3
+    return np.array([60, 170, 160]) + crust * np.array([170, 80, 85])
 
 
 def demo_split(task: str, split: str, seed: int) -> tuple[Iterator[Scene], list[str]]:
