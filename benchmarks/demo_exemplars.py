@@ -67,7 +67,8 @@ def measure(forward: Forward, scenes: int, seed: int) -> dict[str, Any]:
     accumulator = DetectionAccumulator(SCORE_THRESHOLD, MAX_DETECTIONS)
     images, annotations, objects = [], {}, count(1)
     for number in range(scenes):
-        rng = np.random.default_rng((seed, number))
+        # Three numbers: pretraining draws its scenes from (seed, step).
+        rng = np.random.default_rng((seed, number, 1))
         scene = draw_shapes(rng)
         height, width = scene.image.shape[:2]
         for boxed, others in questions(scene, rng):

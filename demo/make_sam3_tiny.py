@@ -1,13 +1,14 @@
-"""Writes a tiny SAM 3: the same classes as facebook/sam3, small enough for a laptop and a test.
+r"""Writes a tiny SAM 3: the same classes as facebook/sam3, small enough for a laptop and a test.
 
 The folder holds config, safetensors, a toy tokenizer and a processor, and loads through the same
-`from_pretrained` calls as the hub's model. Its weights are random, or trained for some steps on a
-data set of yours: a body to run code on, not a model that understands anything. It is not Meta's
-model and shares no weight with it.
+`from_pretrained` calls as the hub's model. Its weights are random, or pretrained with --steps on
+drawn scenes of coloured shapes; demo/sam3_tiny/ was made so. It is not Meta's model and shares no
+weight with it.
 
     python demo/make_sam3_tiny.py --output_dir outputs/sam3_tiny
     python demo/make_sam3_tiny.py --output_dir outputs/sam3_tiny --size tiny112 --hub_layout
-    python demo/make_sam3_tiny.py --output_dir outputs/sam3_tiny --data data/train --steps 300
+    python demo/make_sam3_tiny.py --output_dir outputs/sam3_tiny --size demo112 --steps 8500 \
+        --learning_rate 2e-3
 
 Writes: OUTPUT_DIR/{config.json, model.safetensors, tokenizer.json, processor_config.json, ...}
 """
