@@ -30,12 +30,14 @@ COLOURS = {
     "yellow": (230, 205, 50),
 }
 TEXTURES = ("plain", "striped")
+# What a shape's kind is made of, in this order.
+WORDS = (TEXTURES, tuple(COLOURS), SHAPES)
 DEFECTS = ("rust", "oil leak", "burn mark", "corrosion")
 TASKS = ("parts", "shapes")
 # Images of a demo data set's splits. The training split of the parts has scenes of the base's own
 # beside them, so that what it knows is not forgotten.
 IMAGES = {"train": 480, "val": 40, "test": 120}
-REPLAYED = 160
+REPLAYED = 240
 # Radius of an object as a share of the side: at the demo model's 8 x 8 patches, an object is two to
 # three patches wide. The smaller ones are for crowded scenes.
 RADII = (0.14, 0.2)
@@ -127,6 +129,7 @@ def draw_prompt(
     kinds: list[tuple[str, ...]],
     progress: float,
     outside: tuple[str, ...],
+    box_share: float = BOX_SHARE,
 ) -> dict[str, Any]:
     """One prompt for a scene of shapes: text, a box exemplar or both; present or absent.
 
@@ -134,6 +137,7 @@ def draw_prompt(
         kinds: of the scene's objects.
         progress: share of the training that is done; the vocabulary widens with it.
         outside: words that name nothing in any scene.
+        box_share: of the prompts for a scene with objects, those with boxes.
 
     Returns:
         `text`, None for boxes alone; `objects`, indices of those it asks for; `boxes`, (index,
@@ -142,7 +146,7 @@ def draw_prompt(
     local = {*TEXTURES, *COLOURS}  # a patch alone shows them; shapes it does not
     vocabulary = [p for p in shape_prompts() if p in local or progress > SHAPES_FROM]
     present = sorted({p for kind in kinds for p in phrases(kind)} & set(vocabulary))
-    if kinds and progress > BOXES_FROM and rng.random() < BOX_SHARE:
+    if kinds and progress > BOXES_FROM and rng.random() < box_share:
         return _box_prompt(rng, kinds)
     absent = [p for p in vocabulary if p not in present]
     if present and rng.random() < PRESENT_SHARE:
@@ -274,10 +278,8 @@ def demo_split(task: str, split: str, seed: int) -> tuple[Iterator[Scene], list[
     replayed = REPLAYED if (task, split) == ("parts", "train") else 0
     drawers = [(draw_part if task == "parts" else draw_shapes, IMAGES[split])]
     drawers += [(draw_shapes, replayed)] if replayed else []
-    words = [*TEXTURES, *COLOURS, *SHAPES]
-    categories = list(DEFECTS) + (words if replayed else [])
-    if task == "shapes":
-        categories = shape_prompts()
+    categories = list(DEFECTS) if task == "parts" else shape_prompts()
+    categories += shape_prompts() if replayed else []
     key = (seed, TASKS.index(task), list(IMAGES).index(split))
     scenes = (
         draw(np.random.default_rng((*key, block, number)))

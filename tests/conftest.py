@@ -28,7 +28,7 @@ def demo_model() -> ModuleType:
     path = ROOT / "demo" / "make_sam3_tiny.py"
     spec = importlib.util.spec_from_file_location("make_sam3_tiny", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there for their types
+    sys.modules[spec.name] = module  # as if it had been imported by name
     spec.loader.exec_module(module)
     return module
 

@@ -1,5 +1,6 @@
 """What the demo model is made with: its tokenizer, and the batches it is pretrained on."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ KINDS = [("striped", "red", "ring"), ("plain", "red", "circle"), ("striped", "re
 
 def test_a_word_that_the_model_learns_is_one_token_and_others_are_bytes(demo_model):
     tokenizer = demo_model.make_tokenizer()
-    for word in ("visual", *(word for words in demo_model.WORDS for word in words)):
+    for word in ("visual", *(word for words in scenes.WORDS for word in words)):
         assert tokenizer.tokenize(word) == [f"{word}</w>"]
     assert tokenizer.tokenize("Red cup") == ["red</w>", "c", "u", "p</w>"]
     assert len(tokenizer.tokenize("Ж")) == 2  # bytes of UTF-8
@@ -66,18 +67,24 @@ def test_an_exemplar_asks_for_its_kind_and_a_negative_one_takes_its_kind_out():
     assert min(shown.values()) > 5
 
 
-def test_a_batch_of_scenes_has_targets_dense_labels_and_padded_boxes(demo_model, monkeypatch):
+@pytest.fixture
+def pretraining(demo_model):
+    """The module that trains what the script writes."""
+    return sys.modules["pretraining"]
+
+
+def test_a_batch_of_scenes_has_targets_names_and_padded_boxes(pretraining, monkeypatch):
     mask = np.zeros((2, 224, 224), bool)
     mask[0, 20:100, 40:120], mask[1, 120:180, 100:200] = True, True
     kinds = [("plain", "blue", "square"), ("striped", "yellow", "ring")]
     scene = Scene(np.zeros((224, 224, 3), np.uint8), mask, kinds)
-    monkeypatch.setattr(demo_model, "draw_shapes", lambda rng: scene)
-    *_, batch = demo_model.scene_batches(0, 3, 112)
-    rows = demo_model.IMAGES * demo_model.PROMPTS
-    assert batch["images"].shape == (demo_model.IMAGES, 3, 112, 112)
+    monkeypatch.setattr(pretraining, "draw_shapes", lambda rng: scene)
+    *_, batch = pretraining.scene_batches(0, 3, 112)
+    rows = pretraining.IMAGES * pretraining.PROMPTS
+    assert batch["images"].shape == (pretraining.IMAGES, 3, 112, 112)
     assert len(batch["texts"]) == len(batch["targets"]) == rows
     expected = torch.tensor([[40 / 112, 30 / 112, 40 / 112, 40 / 112]])
-    torch.testing.assert_close(demo_model.boxes_of(torch.tensor(mask[:1, ::2, ::2])), expected)
+    torch.testing.assert_close(pretraining.boxes_of(torch.tensor(mask[:1, ::2, ::2])), expected)
     labels = batch["labels"][0]
     assert labels[:, 30, 40].tolist() == [1, 3, 2]  # plain, blue, square
     assert labels[:, 75, 75].tolist() == [2, 4, 4]  # striped, yellow, ring
@@ -86,6 +93,9 @@ def test_a_batch_of_scenes_has_targets_dense_labels_and_padded_boxes(demo_model,
     assert prompts.shape == (rows, signs.shape[1], 4)
     assert set(signs.flatten().tolist()) <= {1, 0, PADDING_BOX}
     assert (signs == 1).any(1).sum() > 0
+    for box, named in zip(prompts[signs >= 0], batch["box_prompt_kinds"][signs >= 0], strict=True):
+        assert named.tolist() == ([1, 3, 2] if torch.allclose(box, expected) else [2, 4, 4])
+    assert not batch["box_prompt_kinds"][signs == PADDING_BOX].any()
     for text, target in zip(batch["texts"], batch["targets"], strict=True):
         assert len(target["masks"]) == len(target["boxes_cxcywh"]) == len(target["has_mask"])
         assert text not in OUT_OF_DOMAIN_WORDS or not len(target["masks"])
@@ -93,18 +103,18 @@ def test_a_batch_of_scenes_has_targets_dense_labels_and_padded_boxes(demo_model,
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_pretraining_moves_every_part_and_leaves_a_folder_that_loads(
-    demo_model, monkeypatch, tmp_path
+    demo_model, pretraining, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(demo_model, "IMAGES", 2)
+    monkeypatch.setattr(pretraining, "IMAGES", 2)
     folder = demo_model.make_tiny(tmp_path, "tiny112")
     before = load_model(str(folder))[0].state_dict()
-    demo_model.pretrain(folder, folder, 2, 1e-3, seed=0, device="cpu")
+    pretraining.pretrain(folder, None, 2, 1e-3, seed=0, device="cpu", box_share=1.0)
     after = load_model(str(folder))[0].state_dict()
     assert before.keys() == after.keys()
     still = {name for name in before if torch.equal(before[name], after[name])}
     moved = {name.split(".")[0] for name in before.keys() - still}
     assert moved >= {"vision_encoder", "text_encoder", "detr_encoder", "detr_decoder"}
-    assert moved >= {"mask_decoder", "dot_product_scoring"}
+    assert moved >= {"geometry_encoder", "mask_decoder", "dot_product_scoring"}
 
 
 def test_the_shipped_folder_loads_as_the_hub_s_would_and_is_small():
