@@ -248,9 +248,7 @@ def pretrain(
     """
     model, tokenizer = load_model(str(folder))
     if start:
-        earlier = load_model(str(start))[0].state_dict()
-        kept = {k: v for k, v in earlier.items() if k.split(".")[0] not in renew}
-        model.load_state_dict(model.state_dict() | kept)
+        take_over(model, start, renew)
     model.to(choose_device(device))
     head = NamingHead(model.config.detr_decoder_config.hidden_size).to(model.device)
     records = engine.train_one_epoch(
@@ -273,6 +271,13 @@ def pretrain(
         if record["step"] % SAVE_STEPS == 0:
             model.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+def take_over(model: Sam3Model, start: Path, renew: Sequence[str]) -> None:
+    """Gives a model the weights of the one in `start`, but for the components in `renew`."""
+    earlier = load_model(str(start))[0].state_dict()
+    kept = {k: v for k, v in earlier.items() if k.split(".")[0] not in renew}
+    model.load_state_dict(model.state_dict() | kept)
 
 
 def build_optimizer(model: Sam3Model, head: NamingHead, learning_rate: float) -> torch.optim.AdamW:

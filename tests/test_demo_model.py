@@ -117,6 +117,16 @@ def test_pretraining_moves_every_part_and_leaves_a_folder_that_loads(
     assert moved >= {"geometry_encoder", "mask_decoder", "dot_product_scoring"}
 
 
+def test_a_model_takes_over_what_does_not_begin_anew(demo_model, pretraining, tmp_path):
+    earlier = load_model(str(demo_model.make_tiny(tmp_path / "earlier", "tiny112", seed=1)))[0]
+    model = load_model(str(demo_model.make_tiny(tmp_path / "fresh", "tiny112")))[0]
+    fresh = model.geometry_encoder.boxes_direct_project.weight.clone()
+    pretraining.take_over(model, tmp_path / "earlier", ["geometry_encoder"])
+    assert torch.equal(model.geometry_encoder.boxes_direct_project.weight, fresh)
+    for name, value in earlier.state_dict().items():
+        assert name.startswith("geometry_encoder") or torch.equal(model.state_dict()[name], value)
+
+
 def test_the_shipped_folder_loads_as_the_hub_s_would_and_is_small():
     model = Sam3Model.from_pretrained(SHIPPED)
     processor = Sam3Processor.from_pretrained(SHIPPED)
