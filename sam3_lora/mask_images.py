@@ -14,6 +14,7 @@ with a number or a class: `{stem}_0.png`, `{stem}_car_0.png`, `{stem}/car_0.png`
 
 import difflib
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ KINDS = ("index", "colour", "instance", "object")
 MIN_PART_PIXELS = 4
 EIGHT_NEIGHBOURS = np.ones((3, 3))
 VOID = 255  # of index masks, as in Pascal VOC and Cityscapes
+WORKERS = min(8, os.cpu_count() or 1)  # each takes 0.4 GB for a mask of 12 megapixels
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")
 COLOUR_MODES = ("RGB", "RGBA")
 SMALL_MODES = ("1", "L", "P", "LA", "PA")  # PIL's modes of up to 8 bits a value
@@ -86,7 +88,7 @@ def read_masks(
     names = list(categories.values()) if kind == "object" else None
     pairs = _pairs(images_dir, masks_dir, pattern, names)
     images, annotations, rest, next_id = [], {}, Counter(), 1
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         read = partial(_read_photo, images_dir, kind, table, ignored, whole)
         results = zip(pairs, pool.map(read, pairs.items()), strict=True)
         for number, (file_name, ((width, height), objects, left)) in enumerate(results, start=1):
@@ -211,8 +213,9 @@ def _files(folder: Path, flag: str) -> list[str]:
     """The image files in a folder and its sub-folders, sorted."""
     if not folder.is_dir():
         raise DatasetError(f"expected a folder at {flag} {folder}, found none; check the path")
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("[!.]*"))]
-    found = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    found = [name for name in names if "/." not in f"/{name}"]  # ._* of macOS, .ipynb_checkpoints
     if not found:
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
         raise DatasetError(f"expected files {kinds} in {folder}, found none; check {flag}")
@@ -231,12 +234,12 @@ def _rule(text: str) -> tuple[re.Pattern, str]:
 
 
 def _keys(name: str, rule: tuple[re.Pattern, str], open_end: bool) -> list[tuple[tuple, str]]:
-    """The (folder, stem) that a file may belong to, shortest first, and what its name adds."""
+    """The (folder, stem) that a file may belong to, shortest first, and how its name goes on."""
     body = str(PurePosixPath(name).with_suffix(""))
     if rule[1] and PurePosixPath(name).suffix.lower() != rule[1]:
         return []
     ends = [found.start() for found in re.finditer("[_/-]", body)] if open_end else []
-    matches = [(rule[0].fullmatch(body, 0, end), body[end + 1 :]) for end in [*ends, len(body)]]
+    matches = [(rule[0].fullmatch(body, 0, end), body[end:]) for end in [*ends, len(body)]]
     return [(found.group("folder", "stem"), added) for found, added in matches if found]
 
 
@@ -294,24 +297,27 @@ def _owner(name: str, owners: list[tuple[str, str]], names: list[str]) -> tuple[
     """The photo and the category id of the file of one object."""
     words = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     form = re.compile(rf"\d*|(?:\d+[_-])?(?P<name>{words})(?:[_-]?\d+)?")
-    read = [(photo, form.fullmatch(added.replace("/", "_"))) for photo, added in owners]
-    fitting = [(photo, found) for photo, found in read if found]
+    read = [(photo, added, form.fullmatch(added[1:].replace("/", "_"))) for photo, added in owners]
+    fitting = [entry for entry in read if entry[2]]
     if len(fitting) > 1:
-        found = f"found {name} for {' and for '.join(photo for photo, _ in fitting)}"
+        found = f"found {name} for {' and for '.join(photo for photo, *_ in fitting)}"
         raise DatasetError(f"expected each mask to be of one image, {found}; use a folder an image")
-    photo, found = (fitting or read)[-1]
+    photo, added, found = (fitting or read)[-1]
     if found and found["name"]:
         return photo, names.index(found["name"]) + 1
-    if len(names) > 1:
-        found = f"expected a class of {', '.join(names)} at the end of the name, found {name}"
-        raise DatasetError(f"{found}; rename the file or add its class to --classes")
+    # In a folder of its image, and with one class, a file may have any name.
+    if len(names) > 1 or not (found or added.startswith("/")):
+        wanted = "a class" if len(names) > 1 else "a number or the class"
+        found = f"expected {wanted} of {', '.join(names)} after {photo}'s name, found {name}"
+        raise DatasetError(f"{found}; rename the file or correct --classes")
     return photo, 1
 
 
 def _no_pair(photos: list, files: list, images_dir: Path, masks_dir: Path, pattern: str) -> str:
     """The message where no mask has an image: the nearest names, and the pattern they suggest."""
     stem = PurePosixPath(photos[0]).stem
-    near = difflib.get_close_matches(stem, files[:1000], n=1, cutoff=0)[0]
+    others = [name for name in files[:1000] if name != photos[0]] or files
+    near = difflib.get_close_matches(stem, others, n=1, cutoff=0)[0]
     guess = near.replace(stem, "{stem}", 1) if stem in near else "img{stem}:mask{stem}"
     return (
         f"expected masks in {masks_dir} named after the images in {images_dir} by --pattern "
@@ -322,12 +328,12 @@ def _no_pair(photos: list, files: list, images_dir: Path, masks_dir: Path, patte
 
 
 def _read_values(path: Path, kind: str, size: tuple[int, int], photo: Path) -> np.ndarray:
-    """The value of each pixel (height, width), int32; a colour is 0xrrggbb."""
+    """The value of each pixel (height, width), whole numbers; a colour is 0xrrggbb."""
     try:
         with Image.open(path) as image:
             pages, mode, lossy = getattr(image, "n_frames", 1), image.mode, image.format
             if kind == "colour" and mode in SMALL_MODES:
-                image = image.convert("RGB")
+                image = image.convert("RGBA")  # straight to RGB, PIL warns of transparency
             pixels = np.asarray(image)
     except IMAGE_ERRORS as error:
         found = f"expected a mask that PIL reads, found {path} ({error})"
@@ -363,7 +369,7 @@ def _as_values(pixels: np.ndarray, kind: str, path: Path) -> np.ndarray:
             found = f"expected one value a pixel for --kind index, found colours in {path}"
             raise DatasetError(f'{found}; pass --kind colour and --classes {{"name": "#rrggbb"}}')
         return red  # grey that was saved as a colour image
-    values = (pixels[..., 0] if pixels.ndim == 3 else pixels).astype(np.int32)
+    values = pixels[..., 0] if pixels.ndim == 3 else pixels
     if values.min() < 0:
         found = f"expected values from 0, found {values.min()} in {path}"
         raise DatasetError(f"{found}; write 0 where there is no object")
@@ -407,7 +413,7 @@ def _value_objects(
 
 def _records(labels: np.ndarray, kept: np.ndarray, category_id: int) -> list[dict]:
     """The objects of a label map (height, width) as records without ids; `kept` by label."""
-    labels = (np.cumsum(kept) * kept)[labels]
+    labels = (np.cumsum(kept) * kept).astype(np.int32)[labels]
     canvas = np.zeros(labels.shape, np.uint8, order="F")  # one for all objects
     records = []
     for number, box in enumerate(ndimage.find_objects(labels), start=1):

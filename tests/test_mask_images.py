@@ -272,12 +272,15 @@ def test_the_image_of_an_object_is_the_one_its_number_leaves(tmp_path):
     message = "each mask to be of one image, found a_1.png for a.jpg and for a_1.jpg; use a folder"
     with pytest.raises(DatasetError, match=message):
         read(tmp_path, ["car"], "object")
+    (tmp_path / "images" / "a_1.jpg").unlink()  # what was of it is no object of a.jpg
+    with pytest.raises(DatasetError, match="number or the class of car .*, found a_1_0.png; ren"):
+        read(tmp_path, ["car"], "object")
 
 
 def test_what_does_not_pair_is_reported(tmp_path, caplog):
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         write_photo(tmp_path, name)
-    for name in ("b", "x", "._c", "c"):
+    for name in ("b", "x", "._c", ".ipynb_checkpoints/c", "c"):
         save(index_map(), tmp_path / "masks" / f"{name}.png")
     (tmp_path / "masks" / "names.txt").write_text("road")
     with caplog.at_level(logging.WARNING):
@@ -400,7 +403,9 @@ def test_names_that_do_not_pair(tmp_path):
     message = r"by --pattern '\{stem\}', found none for 1 images and 1 masks, such as a.jpg and "
     with pytest.raises(DatasetError, match=message + r"a_mask.png; .*, such as \"\{stem\}_mask.pn"):
         read(tmp_path, NAMES)
-    with pytest.raises(DatasetError, match="a class of road, car .* of the name, found a_mask.png"):
+    with pytest.raises(
+        DatasetError, match="a class of road, car after a.jpg's name, found a_mask.png"
+    ):
         read(tmp_path, NAMES, "object")
     for name in ("a.png", "a.tif"):
         save(index_map(), tmp_path / "masks" / name)
