@@ -437,7 +437,9 @@ def _report(rest: Counter, objects: int, masks_dir: Path, kind: str, ignored: se
     """Warns of small parts; raises where values have no name, or where there is no object."""
     small = rest.pop("small", 0)
     if small:
-        message = "left out %d connected parts of fewer than %d pixels; --whole keeps them"
+        message = (
+            "left out %d parts of classes under %d pixels; --whole keeps them, one object a class"
+        )
         logger.warning(message, small, MIN_PART_PIXELS)
     if rest:
         listed = [f"{_shown(v, kind)} ({rest[v]} pixels)" for v in sorted(rest)[:VALUES_LISTED]]

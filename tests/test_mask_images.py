@@ -200,7 +200,7 @@ def test_diagonal_neighbours_are_one_part_and_small_parts_are_reported(tmp_path,
     pixels[55, 70] = 1
     with caplog.at_level(logging.WARNING):
         check(one(tmp_path, pixels, ["road"], "index"), wanted)
-    assert "left out 2 connected parts of fewer than 4 pixels; --whole keeps them" in caplog.text
+    assert "left out 2 parts of classes under 4 pixels; --whole keeps them" in caplog.text
     caplog.clear()
     check(one(tmp_path, pixels, ["road"], "index", whole=True), [(1, pixels == 1)])
     assert caplog.text == ""
