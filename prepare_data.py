@@ -6,7 +6,8 @@ r"""Brings annotated images into the one layout that training reads, and checks 
     python prepare_data.py validate --data_dir data --split train
     python prepare_data.py demo --output_dir data/demo
 
-Also `yolo`, for YOLO boxes and polygons; `prepare_data.py yolo --help` lists its flags.
+Also `yolo`, for YOLO boxes and polygons, and `masks`, for masks that are image files;
+`prepare_data.py yolo --help` lists its flags.
 
 Outputs: `<output_dir>/<split>/annotations.json` (COCO) and `<output_dir>/<split>/images/`, copies
 of the images; data/README.md describes both. A split is written whole or not at all. `validate`
@@ -20,6 +21,7 @@ import logging
 import sys
 from collections import Counter
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from sam3_lora.coco import (
     CocoSplit,
@@ -35,6 +37,7 @@ from sam3_lora.coco import (
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.formats import read_yolo
+from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
 
 logger = logging.getLogger("prepare_data")
@@ -70,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     yolo = commands.add_parser("yolo", parents=[write], help="YOLO boxes or polygons")
     yolo.add_argument("--yolo_dir", type=Path, required=True, help="folder of images and labels")
     yolo.add_argument("--classes", help='names of class 0, 1, ... as "person,car"; else data.yaml')
+    add_masks_parser(commands, write)
     demo = commands.add_parser("demo", parents=[output], help="a drawn data set, for a first try")
     demo.add_argument(
         "--task",
@@ -85,6 +89,42 @@ def build_parser() -> argparse.ArgumentParser:
         "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
     )
     return parser
+
+
+def add_masks_parser(commands: argparse._SubParsersAction, write: argparse.ArgumentParser) -> None:
+    """Adds the subcommand `masks`."""
+    masks = commands.add_parser("masks", parents=[write], help="masks that are image files")
+    masks.add_argument("--images_dir", type=Path, required=True, help="folder of the photos")
+    masks.add_argument("--masks_dir", type=Path, required=True, help="folder of the masks")
+    masks.add_argument(
+        "--classes",
+        metavar="NAMES",
+        help='names of value 1, 2, ... as "road,car", or JSON, or a file of it: {"7": "road"} by '
+        'value, {"road": "#804080"} or {"road": [128, 64, 128]} by colour',
+    )
+    masks.add_argument(
+        "--kind",
+        choices=KINDS,
+        help="index: a value is a class; colour: a colour is a class; instance: a value is an "
+        "object; object: a file is an object (default: index or colour where --classes has "
+        "several names)",
+    )
+    masks.add_argument(
+        "--whole",
+        action="store_true",
+        help="index, colour: all pixels of a class are one object, else each connected part is",
+    )
+    masks.add_argument(
+        "--pattern",
+        default="{stem}",
+        help='mask file of photo {stem}.jpg, such as "{stem}_mask.png", or photo and mask, such '
+        'as "img{stem}:mask{stem}" (default: {stem})',
+    )
+    masks.add_argument(
+        "--void",
+        metavar="VALUES",
+        help='values or colours that are no class, as "255,0" (default: 255 of kind index)',
+    )
 
 
 def create_folders(output_dir: Path) -> None:
@@ -106,13 +146,36 @@ def read_source(args: argparse.Namespace) -> CocoSplit:
     """Returns the records that a conversion command reads."""
     if args.command == "coco":
         return skip_missing(read_coco(args.coco_json, args.images_dir))
-    names = None
-    if args.classes is not None:
-        names = [name.strip() for name in args.classes.split(",")]
-        if not all(names) or len(set(names)) < len(names):
-            found = f"expected --classes as names that differ, found {args.classes!r}"
-            raise DatasetError(f'{found}; write them as "person,car"')
-    return read_yolo(args.yolo_dir, args.split, names)
+    if args.command == "masks":
+        classes = args.classes
+        if classes and (classes.lstrip().startswith("{") or Path(classes).is_file()):
+            classes = read_json("--classes", classes, '{"7": "road"}')
+            if not isinstance(classes, dict):
+                found = f"expected --classes as a JSON object, found {type(classes).__name__}"
+                raise DatasetError(f'{found}; write {{"7": "road"}} or {{"road": "#804080"}}')
+        else:
+            classes = class_names(classes)
+        return read_masks(
+            args.images_dir,
+            args.masks_dir,
+            classes,
+            args.kind,
+            whole=args.whole,
+            pattern=args.pattern,
+            void=None if args.void is None else [v.strip() for v in args.void.split(",")],
+        )
+    return read_yolo(args.yolo_dir, args.split, class_names(args.classes))
+
+
+def class_names(text: str | None) -> list[str] | None:
+    """Returns the names of `--classes "person,car"`; None without the flag."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        found = f"expected --classes as names that differ, found {text!r}"
+        raise DatasetError(f'{found}; write them as "person,car"')
+    return names
 
 
 def skip_missing(source: CocoSplit) -> CocoSplit:
@@ -157,17 +220,22 @@ def read_prompts(text: str | None, source: CocoSplit) -> dict[str, str]:
     """Returns the source's prompts, with those of `--prompts` (JSON, or a file of it) over them."""
     if text is None:
         return source.prompts
-    inline = text.lstrip().startswith("{")
-    if not inline and not Path(text).is_file():
-        found = f"expected --prompts as JSON or as a file of it, found {text!r}, neither"
-        raise DatasetError(f'{found}; write {{"name": "phrase"}}')
-    try:
-        given = json.loads(text if inline else Path(text).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        found = f'expected --prompts as JSON, {{"name": "phrase"}}, found {text!r} ({error})'
-        raise DatasetError(f"{found}; correct it") from error
+    given = read_json("--prompts", text, '{"name": "phrase"}')
     check_prompts(given, source.categories.values())
     return source.prompts | given
+
+
+def read_json(flag: str, text: str, form: str) -> Any:
+    """Returns the value of a flag that takes JSON or a file of it; `form` is an example."""
+    inline = text.lstrip().startswith("{")
+    if not inline and not Path(text).is_file():
+        found = f"expected {flag} as JSON or as a file of it, found {text!r}, neither"
+        raise DatasetError(f"{found}; write {form}")
+    try:
+        return json.loads(text if inline else Path(text).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        found = f"expected {flag} as JSON, {form}, found {text!r} ({error})"
+        raise DatasetError(f"{found}; correct it") from error
 
 
 def convert(args: argparse.Namespace) -> None:

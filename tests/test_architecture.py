@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "config": {"lora_layers"},
     "coco": {"faults"},
     "formats": {"coco"},
+    "mask_images": {"coco"},
     "dataset": {"coco"},
     "metrics": {"coco"},
     "forward": {"model"},
