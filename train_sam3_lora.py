@@ -270,7 +270,7 @@ def describe_run(run: Run) -> None:
     """Logs what is trained, on what, and what the data does not allow."""
     log.info("adapters:\n%s", lora_table(run.forward.model))
     log.info(
-        "%d images, %d categories, %d steps in %d epochs",
+        "%d images or tiles, %d categories, %d steps in %d epochs",
         len(run.train_set),
         len(run.train_set.split.categories),
         run.total_steps,

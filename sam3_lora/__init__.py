@@ -7,6 +7,7 @@ coco        reads, checks and writes COCO; polygons and RLE to and from masks
 faults      what can be wrong with a COCO file and its images
 formats     readers of other annotation formats, into COCO records
 mask_images  reader of masks that are image files, into COCO records
+tiles       crowded photos cut into tiles
 dataset     image x prompts -> targets, negatives, transforms, collate_fn
 losses      matcher and criterion -> a dict of named losses
 metrics     box and mask AP, cgF1 and its factors, mask IoU

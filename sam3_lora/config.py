@@ -37,6 +37,7 @@ _KINDS |= {str: "a name", tuple: "names, such as q_proj,v_proj"}
 _SYNONYMS = {"lr": "learning_rate", "bs": "batch_size", "r": "rank", "wd": "weight_decay"}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+_OVER_QUERIES = ("cap", "tile", "error")
 _METRICS = ("ap", "ap50", "cgf1", "iou", "loss")
 _DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 _PRECISIONS = ("auto", "bf16", "fp16", "no")
@@ -93,7 +94,7 @@ class TrainingSection:
     mask_loss: str = _key("full", "where masks are compared", choices=("full", "native", "points"))
     one_to_many: bool = _key(True, "also train queries that share an object")
     pos_weight: float = _key(10.0, "weight of matched queries in classification", above=0)
-    over_queries: str = _key("cap", "objects beyond the queries", choices=("cap", "error"))
+    over_queries: str = _key("cap", "objects beyond the queries", choices=_OVER_QUERIES)
     init_lora_weights: Path | None = _key(None, "adapter to start from; null: a fresh one")
     eval_steps: int = _key(500, "steps between two evaluations", low=1)
     save_steps: int = _key(1000, "steps between two checkpoints", low=1)

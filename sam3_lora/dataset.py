@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from sam3_lora.coco import CocoSplit, DatasetError, decode_mask, read_image
+from sam3_lora.tiles import Window, choose_tiles, count_beyond, cut_objects, touches
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ Item = dict[str, Any]
 
 
 class PromptDataset(Dataset):
-    """The images of a split, each with its prompts and targets.
+    """The images of a split, or tiles of them, each with its prompts and targets.
 
     Args:
         split: from `coco.read_split`.
@@ -63,8 +64,8 @@ class PromptDataset(Dataset):
         out_of_domain_prompts: training: how many of the filling prompts are out-of-domain words.
         augment: training: random resize and padding.
         flip_probability: training: of a left-right flip, 0 to 1.
-        over_queries: a prompt with more objects than queries: `cap` keeps the largest, `error`
-            refuses.
+        over_queries: training: of a prompt with more objects than queries, `cap` keeps the
+            largest; `tile` cuts such a photo into tiles, each an item of its own; `error` refuses.
         seed: of every random choice.
 
     Raises:
@@ -98,20 +99,21 @@ class PromptDataset(Dataset):
         self.words = [
             w for w in OUT_OF_DOMAIN_WORDS if not any(w in p or p in w for p in phrases if p)
         ]
-        self._report_crowded(over_queries)
+        # Of each item: which image, and its tile, or None for the whole photo.
+        self.items = self._list_items(over_queries if train else "")
         if train:
             self._report_same_prompts()
             self._report_left_out()
 
     def __len__(self) -> int:
-        """Number of images."""
-        return len(self.split.images)
+        """Number of items: of images, where none is cut into tiles."""
+        return len(self.items)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        """One image with its prompts.
+        """One image, or tile of one, with its prompts.
 
         Args:
-            key: (epoch, index of the image).
+            key: (epoch, index of the item).
 
         Returns:
             `image` (3,S,S) uint8, `image_id`, `original_size` (H, W), and lists with one entry a
@@ -124,18 +126,20 @@ class PromptDataset(Dataset):
         """
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        record = self.split.images[index]
-        photo = read_image(self.split.image_path(record))
+        position, tile = self.items[index]
+        record = self.split.images[position]
+        photo = self._read_photo(record)
         height, width = photo.shape[:2]
-        if (height, width) != (record["height"], record["width"]):
-            raise DatasetError(
-                f"{record['file_name']} (image id {record['id']}): annotations.json says "
-                f"{record['width']}x{record['height']}, the file has {width}x{height} pixels; run "
-                "`python prepare_data.py validate`"
-            )
         place = self._placement(rng)
-        objects = self._objects(record)
-        categories = self._choose_categories(record["id"], objects, rng)
+        objects, annotations = self._objects(record), self.split.annotations[record["id"]]
+        if tile:
+            objects = cut_objects(objects, tile, width, height)
+            annotations = [a for a in annotations if touches(a["bbox"], tile)]
+            photo = photo[tile[1] : tile[3], tile[0] : tile[2]]
+            height, width = photo.shape[:2]
+        # A category of which only a crowd, or too little, shows is neither a target nor absent.
+        shown = {a["category_id"] for a in annotations}
+        categories = self._choose_categories(shown, objects, rng)
         texts = [self.split.phrase(c) if c != OUT_OF_DOMAIN else word for c, word in categories]
         targets = [
             self._target([o for o in objects if o["category_id"] == c], height, width, place)
@@ -162,9 +166,20 @@ class PromptDataset(Dataset):
             return error
 
     def has_masks(self) -> bool:
-        """Whether any object of the split has a mask."""
-        rows = self.split.annotations.values()
-        return any(a["segmentation"] for annotations in rows for a in annotations)
+        """Whether any object that can be a target has a mask."""
+        return any(o["segmentation"] for r in self.split.images for o in self._objects(r))
+
+    def _read_photo(self, record: dict[str, Any]) -> np.ndarray:
+        """The pixels of an image; DatasetError where their number is not the record's."""
+        photo = read_image(self.split.image_path(record))
+        height, width = photo.shape[:2]
+        if (height, width) != (record["height"], record["width"]):
+            raise DatasetError(
+                f"{record['file_name']} (image id {record['id']}): annotations.json says "
+                f"{record['width']}x{record['height']}, the file has {width}x{height} pixels; run "
+                "`python prepare_data.py validate`"
+            )
+        return photo
 
     def _objects(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """The image's objects that can be targets, cut at its border: no crowds, none empty."""
@@ -190,14 +205,12 @@ class PromptDataset(Dataset):
         return side, left, top, flip
 
     def _choose_categories(
-        self, image_id: int, objects: list[dict[str, Any]], rng: np.random.Generator
+        self, shown: set[int], objects: list[dict[str, Any]], rng: np.random.Generator
     ) -> list[tuple[int, str]]:
         """(category id, word) of each prompt; the word counts for out-of-domain prompts only."""
         if not self.train:
             return [(c, "") for c in self.split.categories]
         present = {o["category_id"] for o in objects}
-        # A category of which the image shows a crowd alone is neither a target nor absent.
-        shown = {a["category_id"] for a in self.split.annotations[image_id]}
         absent = [c for c in self.split.categories if c not in shown]
         chosen = [(c, "") for c in self.split.categories if c in present]
         free = max(self.prompts_per_image - len(chosen), 0)
@@ -247,23 +260,38 @@ class PromptDataset(Dataset):
                     masks[i, row, column] = True
         return {"boxes_cxcywh": boxes, "masks": masks, "has_mask": has_mask}
 
-    def _report_crowded(self, over_queries: str) -> None:
-        """Warns of, or refuses, images with more objects of a prompt than the model has queries."""
-        crowded = []
-        for record in self.split.images:
-            ids = [o["category_id"] for o in self._objects(record)]
-            if ids and max(np.unique(ids, return_counts=True)[1]) > self.num_queries:
+    def _list_items(self, over_queries: str) -> list[tuple[int, Window | None]]:
+        """The items; warns of, or refuses, images with more objects of a prompt than queries."""
+        items: list[tuple[int, Window | None]] = []
+        crowded, beyond, still = [], 0, 0
+        for position, record in enumerate(self.split.images):
+            objects, tiles = self._objects(record), [None]
+            if excess := count_beyond(objects, self.num_queries):
                 crowded.append(record["file_name"])
+                beyond += excess
+                if over_queries == "tile":
+                    size = record["width"], record["height"]
+                    tiles, too_full = choose_tiles(objects, *size, self.num_queries)
+                    still += too_full
+            items += [(position, tile) for tile in tiles]
         if not crowded:
-            return
+            return items
         names = ", ".join(crowded[:3]) + (", ..." if len(crowded) > 3 else "")
         found = (
             f"{len(crowded)} images have more than {self.num_queries} objects of one category, the "
             f"most a prompt can find ({names})"
         )
+        kept = f"only the largest {self.num_queries} are used"
+        done = {
+            "": f"no prediction can reach {beyond} of their objects",
+            "cap": f"{kept}, {beyond} are not; --over_queries tile cuts such images",
+            "tile": f"cut into {sum(tile is not None for _, tile in items)} tiles"
+            + (f"; of {still} that still have more {kept}" if still else ""),
+        }
         if over_queries == "error":
-            raise DatasetError(f"{found}; cut them into tiles or set --over_queries cap")
-        log.warning("%s: only the largest %d are used", found, self.num_queries)
+            raise DatasetError(f"{found}; set --over_queries tile or cap")
+        log.warning("%s: %s", found, done[over_queries])
+        return items
 
     def _report_left_out(self) -> None:
         """Warns of objects, crowds apart, that `_objects` leaves out."""

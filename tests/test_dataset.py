@@ -446,7 +446,7 @@ def test_the_largest_are_kept_with_a_warning(crowded, caplog):
 
 def test_too_many_objects_can_be_refused(crowded):
     with pytest.raises(
-        DatasetError, match=r"more than 16 objects.*\(1\.png\); cut.*--over_queries"
+        DatasetError, match=r"more than 16 objects.*\(1\.png\); set --over_queries tile or cap"
     ):
         make(crowded[0], over_queries="error")
     assert len(PromptDataset(crowded[0], SIZE, 20, train=True, over_queries="error")) == 2
