@@ -148,9 +148,7 @@ def build_batches(forward: Forward, split: CocoSplit, config: Config) -> Iterabl
     """Batches of one image with all its prompts; turns masks off where the split has none."""
     model = forward.model
     dataset = PromptDataset(split, image_size(model), num_queries(model), train=False)
-    if not dataset.has_masks():
-        log.warning("the split has no masks: box metrics only")
-        forward.masks = False
+    forward.masks = dataset.has_masks()
     batches = epoch_batches(len(dataset), 1, 0, 0, shuffle=False)
     return build_loader(dataset, batches, config.hardware.num_workers)
 

@@ -330,7 +330,7 @@ def evaluate_now(run: Run) -> None:
     if run.val_set is None or run.evaluated == run.step:
         return
     config = run.config
-    forward = replace(run.forward, one_to_many=False)
+    forward = replace(run.forward, one_to_many=False, masks=run.val_set.has_masks())
     forward.model.eval()
     batches = epoch_batches(len(run.val_set), 1, 0, 0, shuffle=False)
     # Point sampling draws random numbers: those of training go on as if nothing had been evaluated.

@@ -203,6 +203,7 @@ def scene_item(
                 "boxes_cxcywh": boxes[index],
                 "masks": masks[index],
                 "has_mask": torch.ones(len(index), dtype=torch.bool),
+                "complete": torch.tensor(True),
             }
             for index in wanted
         ],

@@ -104,6 +104,8 @@ class PromptDataset(Dataset):
         if train:
             self._report_same_prompts()
             self._report_left_out()
+        elif not self.has_masks():
+            log.warning("the split has no masks: box metrics only")
 
     def __len__(self) -> int:
         """Number of items: of images, where none is cut into tiles."""
@@ -118,8 +120,8 @@ class PromptDataset(Dataset):
         Returns:
             `image` (3,S,S) uint8, `image_id`, `original_size` (H, W), and lists with one entry a
             prompt: `texts`, `category_ids`, `targets` of `boxes_cxcywh` (G,4) in 0 to 1 of the
-            canvas, `has_mask` (G,) bool, `masks` (G,S,S) bool, empty for an object without one;
-            (0,S,S) where no object has one.
+            canvas, `has_mask` (G,) bool, `masks` (G,S,S) bool, empty for an object without one,
+            (0,S,S) where no object has one; and `complete` () bool, no object was left out.
 
         Raises:
             DatasetError: the image file is missing or cannot be read.
@@ -230,6 +232,7 @@ class PromptDataset(Dataset):
         place: tuple[int, int, int, bool],
     ) -> dict[str, torch.Tensor]:
         """Boxes and masks of one prompt's objects on the canvas."""
+        complete = torch.tensor(len(objects) <= self.num_queries)
         objects = sorted(objects, key=lambda o: -o["bbox"][2] * o["bbox"][3])[: self.num_queries]
         side, left, top, flip = place
         size = self.image_size
@@ -258,7 +261,7 @@ class PromptDataset(Dataset):
                     # Smaller than a pixel of the canvas: that pixel, not "nothing is here".
                     column, row = (boxes[i, :2] * size).long().clamp(max=size - 1)
                     masks[i, row, column] = True
-        return {"boxes_cxcywh": boxes, "masks": masks, "has_mask": has_mask}
+        return {"boxes_cxcywh": boxes, "masks": masks, "has_mask": has_mask, "complete": complete}
 
     def _list_items(self, over_queries: str) -> list[tuple[int, Window | None]]:
         """The items; warns of, or refuses, images with more objects of a prompt than queries."""

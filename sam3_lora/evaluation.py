@@ -201,7 +201,8 @@ def evaluate_split(
         _add_chunk(found, chunk, max_detections, score_threshold)
         for name, value in chunk["losses"].items():
             # A term is a mean over its batch: of objects for the IoU, else of the batch's rows.
-            objects = chunk["counts"]["masked_targets"] or chunk["counts"]["targets"]
+            kind = "masked_targets" if "loss_mask" in chunk["losses"] else "targets"
+            objects = chunk["counts"][kind]
             weight = objects if name == "iou" else len(chunk["batch"]["image_ids"])
             sums[name] += value * weight
             if chunk["rows"].start == 0:

@@ -60,23 +60,24 @@ def count_targets(targets: Targets) -> dict[str, int]:
     """The counts that the loss of a step is divided by; add them up over its micro-batches.
 
     Args:
-        targets: for each row `boxes_cxcywh` (G,4) and `has_mask` (G,) bool.
+        targets: as for `compute_losses`.
 
     Returns:
         `targets`: objects; `masked_targets`: those with a mask; `rows`; `semantic_rows`: rows with
-        objects that all have masks.
+        objects of which the union of masks is known.
     """
     return {
         "targets": sum(len(t["boxes_cxcywh"]) for t in targets),
         "masked_targets": sum(int(t["has_mask"].sum()) for t in targets),
         "rows": len(targets),
-        "semantic_rows": sum(_has_all_masks(t) for t in targets),
+        "semantic_rows": sum(_knows_union(t) for t in targets),
     }
 
 
-def _has_all_masks(target: dict[str, torch.Tensor]) -> bool:
-    """Whether a row has objects and a mask for each: only then is its union of masks known."""
-    return len(target["has_mask"]) > 0 and bool(target["has_mask"].all())
+def _knows_union(target: dict[str, torch.Tensor]) -> bool:
+    """Whether a row has objects, a mask for each, and none of its prompt's was left out."""
+    has_mask = target["has_mask"]
+    return len(has_mask) > 0 and bool(has_mask.all()) and bool(target["complete"])
 
 
 def compute_losses(
@@ -94,7 +95,7 @@ def compute_losses(
         outputs: `logits` (L,B,Q), `boxes_cxcywh` (L,B,Q,4), `presence` (L,B); with masks
             `mask_embed` (B,Q,C), `pixel_embed` (B,C,h,w), `semantic` (B,h,w); with the one-to-many
             branch `o2m_logits`, `o2m_boxes_cxcywh`, `o2m_mask_embed`.
-        targets: B dicts of `boxes_cxcywh` (G,4) in 0 to 1, `masks` (G,S,S) bool, `has_mask` (G,).
+        targets: B dicts, as `PromptDataset` gives.
         counts: `count_targets` summed over the whole optimizer step.
         pos_weight: weight of matched queries in the classification term.
         mask_loss: `full` compares at the targets' S pixels, `native` at the prediction's h pixels,
@@ -107,7 +108,7 @@ def compute_losses(
     Returns:
         Unweighted scalar terms, fp32: the last layer's under their plain names, the others' with
         `_aux_<layer>`, the one-to-many branch's with `_o2m`; `loss`, the total; `iou`, the mean IoU
-        of the matched queries (of masks where there are any, else of boxes).
+        of the matched queries: of boxes without mask outputs, else of masks, if the step has any.
     """
     device = outputs["logits"].device
     targets = [{k: v.to(device) for k, v in t.items()} for t in targets]
@@ -126,7 +127,7 @@ def compute_losses(
         if "semantic" in outputs:
             losses |= _semantic(outputs["semantic"].float(), targets, counts)
         losses["loss"] = total_loss(losses, counts, weights)
-        if "iou" not in losses:
+        if "mask_embed" not in outputs:
             losses["iou"] = _matched_box_iou(outputs, objects, matches[""][-1], counts)
     return losses
 
@@ -456,7 +457,7 @@ def _semantic(
     focal = dice = 0.0 * semantic[:, 0, 0].sum()
     number = max(counts["semantic_rows"], 1)
     for prediction, target in zip(semantic.unbind(), targets, strict=True):
-        if not _has_all_masks(target):
+        if not _knows_union(target):
             continue
         union = target["masks"].any(0)
         logits = _upsample(prediction[None], union.shape).flatten(1)

@@ -81,6 +81,7 @@ def make_target(count, seed):
         "boxes_cxcywh": boxes,
         "masks": near[:, 1, :, None] & near[:, 0, None, :],
         "has_mask": torch.ones(count, dtype=torch.bool),
+        "complete": torch.tensor(True),
     }
 
 

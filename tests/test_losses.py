@@ -39,6 +39,7 @@ def golden_inputs(golden, masks: bool):
             "boxes_cxcywh": boxes,
             "masks": mask.bool(),
             "has_mask": torch.ones(len(boxes), dtype=torch.bool),
+            "complete": torch.tensor(True),
         }
         for boxes, mask in zip(
             tensors["gt_boxes"].split(tensors["num_boxes"].tolist()),
@@ -121,6 +122,7 @@ def random_targets(sizes, masked=None, seed=0):
                 "boxes_cxcywh": torch.cat([centre, extent], 1),
                 "masks": (dx**2 + dy**2 < 1) & mask,
                 "has_mask": torch.full((size,), mask),
+                "complete": torch.tensor(True),
             }
         )
     return targets
@@ -247,8 +249,8 @@ def test_rows_without_masks_drop_mask_and_semantic_terms_only():
     outputs = random_outputs(2, targets=with_masks)
     expected = compute_losses(outputs, with_masks, count_targets(with_masks))
     found = compute_losses(outputs, without, count_targets(without))
-    assert expected.keys() == found.keys()
-    for name in found.keys() - {"loss", "iou"} - MASK_TERMS - SEMANTIC_TERMS:
+    assert expected.keys() - found.keys() == {"iou"}  # no box IoU among mask IoUs
+    for name in found.keys() - {"loss"} - MASK_TERMS - SEMANTIC_TERMS:
         assert torch.equal(found[name], expected[name]), name
     # Zeros, but with a gradient: a step of such rows alone still reaches a mask adapter.
     for name in MASK_TERMS | SEMANTIC_TERMS:
@@ -384,6 +386,7 @@ def test_a_thin_object_does_not_vanish_in_native():
             "boxes_cxcywh": torch.tensor([[17.5 / 48, 0.5, 1 / 48, 1.0]]),
             "masks": masks,
             "has_mask": torch.tensor([True]),
+            "complete": torch.tensor(True),
         }
     ]
     outputs = random_outputs(1, one_to_many=False, targets=targets)
@@ -449,7 +452,7 @@ def test_half_precision_inputs_give_single_precision_terms():
 
 def test_iou_is_that_of_the_matched_boxes_without_masks():
     targets = random_targets([2, 0, 1], [False] * 3)
-    outputs = random_outputs(3, targets=targets)
+    outputs = random_outputs(3, masks=False, targets=targets)
     losses = compute_losses(outputs, targets, count_targets(targets))
     rows, queries, objects = hungarian_match(outputs["logits"], outputs["boxes_cxcywh"], targets)[
         -1

@@ -280,6 +280,16 @@ def test_training_capped_says_what_is_lost(split, caplog):
     assert "only the largest 8 are used, 16 are not; --over_queries tile" in caplog.text
 
 
+def test_a_capped_row_is_not_complete(split):
+    capped, tiled = (make(split, over_queries=name) for name in ("cap", "tile"))
+    for dataset, complete in ((capped, [False, True]), (tiled, [True] * 5)):
+        for index, expected in enumerate(complete):
+            item = dataset[0, index]
+            whole = [bool(t["complete"]) for t in item["targets"]]
+            assert all(whole) == expected
+            assert whole.count(False) == (not expected)
+
+
 def test_evaluation_sees_whole_photos_and_says_what_it_cannot_reach(split, caplog):
     for over_queries in ("cap", "tile", "error"):
         caplog.clear()
