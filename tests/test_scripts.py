@@ -166,21 +166,6 @@ def test_starting_from_an_adapter(run_dir, tiny_model_dir, data_dir, tmp_path, c
     assert "expected an adapter of this run's settings" in capsys.readouterr().err
 
 
-def test_boxes_only_data_trains_without_masks(write_source, tiny_model_dir, tmp_path, capsys):
-    source = write_source(tmp_path / "source", 3, masks=False)
-    for split in ("train", "val"):
-        assert convert(source, tmp_path / "data", split) == 0
-    output = tmp_path / "run"
-    assert train_sam3_lora.main(train_args(tiny_model_dir, tmp_path / "data", output)) == 0
-    rows = read_log(output)
-    assert "loss_bbox" in rows[0] and "loss_mask" not in rows[0]
-    assert "no masks" in (capsys.readouterr().err)
-    args = ["--lora_weights", str(output / "best_model"), "--data_dir", str(tmp_path / "data")]
-    assert evaluate_sam3_lora.main([*args, "--num_workers", "0"]) == 0
-    captured = capsys.readouterr()
-    assert "mask AP" not in captured.out and "box metrics only" in captured.err
-
-
 def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
     """A key that no run reads would be a promise to users that nothing keeps."""
     read = set()
