@@ -28,6 +28,7 @@ from sam3_lora.coco import (
     check_prompts,
     find_faults,
     find_split,
+    outside_links,
     read_coco,
     read_split,
     split_dir,
@@ -153,6 +154,16 @@ def skip_missing(source: CocoSplit) -> CocoSplit:
     return dataclasses.replace(source, images=kept, annotations=annotations)
 
 
+def refuse_links(source: CocoSplit) -> None:
+    """Raises DatasetError where images are links to files outside their folder: copies of those
+    would bring into the data what is not of it."""
+    names = [image["file_name"] for image in source.images]
+    if links := outside_links(source.images_dir, names):
+        found = f"{len(links)} of {len(names)} are links to files outside it, the first {links[0]}"
+        message = f"expected the images in {source.images_dir}, found {found}"
+        raise DatasetError(f"{message} to {links[0].resolve()}; put the files in their place")
+
+
 def read_prompts(text: str | None, source: CocoSplit) -> dict[str, str]:
     """Returns the source's prompts, with those of `--prompts` (JSON, or a file of it) over them."""
     if text is None:
@@ -173,6 +184,7 @@ def read_prompts(text: str | None, source: CocoSplit) -> dict[str, str]:
 def convert(args: argparse.Namespace) -> None:
     """Reads the source, writes the split and prints what it holds."""
     source = read_source(args)
+    refuse_links(source)
     prompts = read_prompts(args.prompts, source)
     folder = write_split(
         args.output_dir,

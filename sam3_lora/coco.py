@@ -32,12 +32,13 @@ from sam3_lora.faults import (
     image_size,
     kept_categories,
     load_json,
-    mask_problem,
+    outside_links,
     phrase_of,
     positions_by_id,
     record_faults,
-    segmentation_of,
+    refuse_bomb,
 )
+from sam3_lora.geometry import mask_problem, segmentation_of
 
 # The checks are part of this module's interface: the other modules import them from here.
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "image_size",
     "mask_area",
     "mask_iou",
+    "outside_links",
     "read_coco",
     "read_image",
     "read_split",
@@ -297,6 +299,7 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
+            refuse_bomb(image)
             # PIL before 11 opens 16-bit PNG in mode I; exif_transpose forgets the format.
             is_uint16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
             return _to_rgb(ImageOps.exif_transpose(image), is_uint16)
