@@ -19,7 +19,9 @@ import json
 import logging
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from sam3_lora.coco import (
     CocoSplit,
@@ -36,6 +38,7 @@ from sam3_lora.coco import (
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.formats import read_yolo
+from sam3_lora.repair import mend_split
 from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
 
 logger = logging.getLogger("prepare_data")
@@ -84,6 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("validate", parents=[split], help="check a split")
     check.add_argument(
         "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
+    )
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    check.add_argument(
+        "--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder"
+    )
+    check.add_argument(
+        "--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer"
     )
     return parser
 
@@ -247,15 +257,67 @@ def fault_report(faults: list[Fault]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def validate(data_dir: Path, split: str) -> int:
-    """Prints the summary and the faults of a split; returns 2 if one is an error, else 0."""
-    annotations_file, images_dir = find_split(split_dir(data_dir, split))
-    faults = find_faults(annotations_file, images_dir)
-    sys.stdout.write(f"{annotations_file}\n")
-    if not any(fault.fatal for fault in faults):
-        sys.stdout.write(summary(read_coco(annotations_file, images_dir)))
-    sys.stdout.write(fault_report(faults))
+def validate(args: argparse.Namespace) -> int:
+    """Prints the summary and the faults of a split, mends a copy of it and draws it, as asked.
+
+    Returns:
+        2 if the split, or with `--fix` its copy, has an error, else 0.
+    """
+    annotations_file, images_dir = find_split(split_dir(args.data_dir, args.split))
+    count_tokens = token_counter(args.model_name)
+    faults = find_faults(annotations_file, images_dir, count_tokens)
+    fatal = any(fault.fatal for fault in faults)
+    split = None if fatal else read_coco(annotations_file, images_dir)
+    if args.json:
+        report = json_report(annotations_file, split, faults)
+    else:
+        counts = "" if split is None else summary(split)
+        sys.stdout.write(f"{annotations_file}\n{counts}{fault_report(faults)}")
+    if args.fix is not None:
+        folder, done = mend_split(annotations_file, images_dir, faults, args.fix, args.split)
+        faults = find_faults(*find_split(folder), count_tokens)
+        if args.json:
+            mended = json_report(folder / "annotations.json", read_split(folder), faults)
+            report["mended"] = {"done": done, **mended}
+        else:
+            lines = [f"{count:7d}  {words}\n" for words, count in done.items()]
+            sys.stdout.write(f"\nmended copy {folder}\n{''.join(lines)}{fault_report(faults)}")
+    if args.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
     return 2 if any(fault.level == "error" for fault in faults) else 0
+
+
+def token_counter(model_name: str | None) -> Callable[[str], int] | None:
+    """Returns what counts a prompt's tokens by a model's tokenizer; None without a model."""
+    if model_name is None:
+        return None
+    from sam3_lora.model import ModelError, load_tokenizer  # slow to import
+
+    try:
+        tokenizer = load_tokenizer(model_name)
+    except ModelError as error:
+        raise ConfigError(f"--model_name: {error}") from error
+    return lambda phrase: len(tokenizer(phrase)["input_ids"])
+
+
+def json_report(file: Path, split: CocoSplit | None, faults: list[Fault]) -> dict[str, Any]:
+    """Returns the counts (None of a split that cannot be read) and the faults of a split."""
+    errors = sum(fault.level == "error" for fault in faults)
+    report = {"annotations_file": str(file), "counts": None, "errors": errors}
+    report["warnings"] = len(faults) - errors
+    if split is not None:
+        objects = [item for items in split.annotations.values() for item in items]
+        per_category = Counter(item["category_id"] for item in objects)
+        report["counts"] = {
+            "images": len(split.images),
+            "empty_images": sum(not items for items in split.annotations.values()),
+            "objects": len(objects),
+            "masks": sum(item["segmentation"] is not None for item in objects),
+            "categories": {name: per_category[key] for key, name in split.categories.items()},
+        }
+    keys = ("level", "kind", "message", "id", "remedy")
+    rows = [{key: getattr(f, key) for key in keys} | {"file": str(f.file)} for f in faults]
+    return report | {"faults": rows}
 
 
 @user_errors(DatasetError, ConfigError)
@@ -268,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.command == "demo":
         write_demo(args.output_dir, args.task, args.seed, args.overwrite)
     elif args.command == "validate":
-        return validate(args.data_dir, args.split)
+        return validate(args)
     else:
         convert(args)
     return 0

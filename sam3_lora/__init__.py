@@ -6,6 +6,7 @@ forward     our forward over SAM 3's sub-modules: every layer, masks on demand
 coco        reads, checks and writes COCO; polygons and RLE to and from masks
 faults      what can be wrong with a COCO file and its images
 geometry    polygons, RLE and boxes as numbers: what is unusable, where they lie
+repair      mends a split, into a copy
 formats     readers of other annotation formats, into COCO records
 dataset     image x prompts -> targets, negatives, transforms, collate_fn
 losses      matcher and criterion -> a dict of named losses

@@ -158,8 +158,10 @@ def read_split(path: Path) -> CocoSplit:
     return read_coco(*find_split(path))
 
 
-def read_coco(annotations_file: Path, images_dir: Path) -> CocoSplit:
-    """Reads a COCO file, without opening an image.
+def read_coco(
+    annotations_file: Path, images_dir: Path, payload: dict[str, Any] | None = None
+) -> CocoSplit:
+    """Reads a COCO file, or its content if that is given, without opening an image.
 
     Ids that are not unique ints from 1 are numbered from 1 in file order. A category with id 0
     that no annotation uses is a Roboflow root and is dropped. A box or area that is missing is
@@ -170,7 +172,7 @@ def read_coco(annotations_file: Path, images_dir: Path) -> CocoSplit:
             a mask that cannot be used, a file name that leaves the folder.
     """
     annotations_file, images_dir = Path(annotations_file), Path(images_dir)
-    payload = load_json(annotations_file)
+    payload = load_json(annotations_file) if payload is None else payload
     fatal = [fault for fault in record_faults(payload, annotations_file) if fault.fatal]
     if fatal:
         more = f" ({len(fatal) - 1} more: prepare_data.py validate lists them)"
