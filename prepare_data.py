@@ -23,20 +23,33 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from sam3_lora.coco import (
     CocoSplit,
     DatasetError,
     Fault,
     check_prompts,
+    decode_mask,
     find_faults,
     find_split,
     outside_links,
     read_coco,
+    read_image,
     read_split,
     split_dir,
     write_split,
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
+from sam3_lora.drawing import (
+    SHEET_CELL,
+    choose_examples,
+    draw_overlay,
+    draw_sheet,
+    save_picture,
+    to_cell,
+)
 from sam3_lora.formats import read_yolo
 from sam3_lora.repair import mend_split
 from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
@@ -91,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     check.add_argument(
         "--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder"
+    )
+    check.add_argument(
+        "--preview", type=Path, metavar="PNG", help="draw images with their objects, and counts"
     )
     check.add_argument(
         "--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer"
@@ -273,6 +289,12 @@ def validate(args: argparse.Namespace) -> int:
     else:
         counts = "" if split is None else summary(split)
         sys.stdout.write(f"{annotations_file}\n{counts}{fault_report(faults)}")
+    if args.preview is not None:
+        if split is None:
+            reason = "its annotations cannot be read: mend the errors above first"
+            raise DatasetError(f"expected a split to draw in {annotations_file}, {reason}")
+        save_picture(preview(split), args.preview)
+        logger.info("preview: %s", args.preview)
     if args.fix is not None:
         folder, done = mend_split(annotations_file, images_dir, faults, args.fix, args.split)
         faults = find_faults(*find_split(folder), count_tokens)
@@ -285,6 +307,66 @@ def validate(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     return 2 if any(fault.level == "error" for fault in faults) else 0
+
+
+def preview(split: CocoSplit) -> np.ndarray:
+    """Returns a contact sheet of a split: images with their objects, and counts by category.
+
+    Images that cannot be read are left out, and told.
+    """
+    counts = Counter(item["category_id"] for items in split.annotations.values() for item in items)
+    order = sorted(split.categories, key=lambda category_id: -counts[category_id])
+    colors = {category_id: k for k, category_id in enumerate(order)}
+    kinds = [{a["category_id"] for a in split.annotations[image["id"]]} for image in split.images]
+    pictures, captions = [], []
+    for position in choose_examples(kinds):
+        image = split.images[position]
+        try:
+            pictures.append(draw_objects(split, image, colors))
+            captions.append(image["file_name"])
+        except DatasetError as error:
+            logger.warning("left out of the preview: %s", error)
+    bars = {split.phrase(key): (counts[key], colors[key]) for key in order if counts[key]}
+    absent = [key for key in order if not counts[key]]
+    if len(absent) > EMPTY_LISTED:
+        bars[f"{len(absent)} without an object"] = (0, 0)
+    else:
+        bars |= {split.phrase(key): (0, 0) for key in absent}
+    return draw_sheet(pictures, captions, bars)
+
+
+def draw_objects(split: CocoSplit, image: dict, colors: dict[int, int]) -> np.ndarray:
+    """One picture of a contact sheet: masks, or boxes of objects without one.
+
+    Of each category the largest object is named, with the number of all.
+    """
+    photo = to_cell(read_image(split.image_path(image)), SHEET_CELL)
+    height, width = photo.shape[:2]
+    items = sorted(split.annotations[image["id"]], key=lambda item: -item["area"])
+    number = Counter(item["category_id"] for item in items)
+    labels = []
+    for item in items:
+        count = number.pop(item["category_id"], 0)
+        times = f" \N{MULTIPLICATION SIGN}{count}" if count > 1 else ""
+        labels.append(f"{split.phrase(item['category_id'])}{times}" if count else "")
+
+    def mask_of(item: dict) -> np.ndarray:
+        if item["segmentation"] is None:
+            return np.zeros((height, width), dtype=bool)
+        mask = decode_mask(item["segmentation"], image["height"], image["width"])
+        return np.asarray(Image.fromarray(mask).resize((width, height)))
+
+    boxes = np.array([item["bbox"] for item in items]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes *= np.array([width / image["width"], height / image["height"]] * 2)
+    return draw_overlay(
+        photo,
+        (mask_of(item) for item in items),
+        boxes,
+        labels,
+        [colors[item["category_id"]] for item in items],
+        outlined=[item["segmentation"] is None for item in items],
+    )
 
 
 def token_counter(model_name: str | None) -> Callable[[str], int] | None:

@@ -10,6 +10,7 @@ from PIL import Image
 import prepare_data
 from sam3_lora import coco
 from sam3_lora.coco import find_faults
+from sam3_lora.drawing import PALETTE
 from sam3_lora.repair import mend_split
 
 SQUARE = [[2, 2, 20, 2, 20, 20, 2, 20]]
@@ -190,3 +191,21 @@ def test_prompts_are_counted_by_a_tokenizer(source, tiny_model_dir, capsys):
     assert f"the prompt '{'q' * 40}' has 42 tokens" in capsys.readouterr().out
     assert prepare_data.main([*flags, "--model_name", str(source)]) == 2
     assert "error: --model_name: " in capsys.readouterr().err
+
+
+def test_preview(source, tmp_path, capsys):
+    sheet = tmp_path / "sheets" / "train.png"
+    flags = ["validate", "--data_dir", str(source.parent), "--preview", str(sheet)]
+    assert prepare_data.main(flags) == 2
+    assert "its annotations cannot be read: mend the errors above" in capsys.readouterr().err
+    assert not sheet.exists()
+    images = [image(1, "a.png"), image(2, "text.png"), image(3, "small.png", 30, 30)]
+    rows = [row(1), row(2, segmentation=[]), row(3, category_id=2, image_id=3)]
+    names = [{"id": 1, "name": "car"}, {"id": 2, "name": "van"}, {"id": 3, "name": "bus"}]
+    save(source, {"images": images, "annotations": rows, "categories": names})
+    assert prepare_data.main(flags) == 2  # text.png
+    assert "left out of the preview: expected an image that PIL reads" in capsys.readouterr().err
+    with Image.open(sheet) as picture:
+        colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
+    assert set(PALETTE[:2]) <= colors and PALETTE[2] not in colors
+    assert list(sheet.parent.iterdir()) == [sheet]
