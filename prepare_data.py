@@ -10,7 +10,8 @@ Also `yolo`, for YOLO boxes and polygons; `prepare_data.py yolo --help` lists it
 
 Outputs: `<output_dir>/<split>/annotations.json` (COCO) and `<output_dir>/<split>/images/`, copies
 of the images; data/README.md describes both. A split is written whole or not at all. `validate`
-writes nothing: it prints a summary and the faults, and exits with 2 if one of them is an error.
+prints a summary and the faults, and exits with 2 if one of them is an error; it leaves the split as
+it is: `--fix DIR` writes a mended copy, `--preview PNG` a picture.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder"
     )
     check.add_argument(
-        "--preview", type=Path, metavar="PNG", help="draw images with their objects, and counts"
+        "--preview", type=Path, metavar="PNG", help="draw images, with --fix of the copy"
     )
     check.add_argument(
         "--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer"
@@ -289,23 +290,23 @@ def validate(args: argparse.Namespace) -> int:
     else:
         counts = "" if split is None else summary(split)
         sys.stdout.write(f"{annotations_file}\n{counts}{fault_report(faults)}")
-    if args.preview is not None:
-        if split is None:
-            reason = "its annotations cannot be read: mend the errors above first"
-            raise DatasetError(f"expected a split to draw in {annotations_file}, {reason}")
-        save_picture(preview(split), args.preview)
-        logger.info("preview: %s", args.preview)
     if args.fix is not None:
         folder, done = mend_split(annotations_file, images_dir, faults, args.fix, args.split)
-        faults = find_faults(*find_split(folder), count_tokens)
+        faults, split = find_faults(*find_split(folder), count_tokens), read_split(folder)
         if args.json:
-            mended = json_report(folder / "annotations.json", read_split(folder), faults)
+            mended = json_report(split.annotations_file, split, faults)
             report["mended"] = {"done": done, **mended}
         else:
             lines = [f"{count:7d}  {words}\n" for words, count in done.items()]
             sys.stdout.write(f"\nmended copy {folder}\n{''.join(lines)}{fault_report(faults)}")
     if args.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    if args.preview is not None:
+        if split is None:
+            reason = "its annotations cannot be read: mend the errors above first"
+            raise DatasetError(f"expected a split to draw in {annotations_file}, {reason}")
+        save_picture(preview(split), args.preview)
+        logger.info("preview: %s", args.preview)
     return 2 if any(fault.level == "error" for fault in faults) else 0
 
 

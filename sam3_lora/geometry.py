@@ -254,6 +254,9 @@ def mask_box(segmentation: list | dict, height: int, width: int) -> list[float] 
 
 def is_flat(part: list[float]) -> bool:
     """Returns whether the points of a polygon lie on one line, so that it has no area."""
+    x, y, (x1, y1, x2, y2) = part[0], part[1], part[2:6]
+    if abs((x1 - x) * (y2 - y) - (x2 - x) * (y1 - y)) > 1:  # most are told by their first corner
+        return False
     points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
     points = points - points[0]
     far = points[np.argmax((points**2).sum(axis=1))]
@@ -266,9 +269,12 @@ def crosses_itself(part: list[float]) -> bool:
     points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
     if len(points) > CROSSING_LIMIT:
         return False
-    edges = np.roll(points, -1, axis=0) - points
-    offsets = points[None] - points[:, None]
-    # side[i, j]: on which side of the line through edge i point j is.
-    side = np.sign(edges[:, None, 0] * offsets[..., 1] - edges[:, None, 1] * offsets[..., 0])
-    parted = side * np.roll(side, -1, axis=1) < 0  # the ends of edge j, by the line of edge i
+    x, y = points.T
+    following = np.arange(1, len(points) + 1) % len(points)
+    edge_x, edge_y = x[following] - x, y[following] - y
+    # side[i, j]: on which side of the line through edge i point j is; 0 on it.
+    side = edge_x[:, None] * (y - y[:, None]) - edge_y[:, None] * (x - x[:, None])
+    left, right = side > 0, side < 0
+    # The ends of edge j lie apart, by the line of edge i.
+    parted = left & right[:, following] | right & left[:, following]
     return bool((parted & parted.T).any())

@@ -199,6 +199,8 @@ def test_preview(source, tmp_path, capsys):
     assert prepare_data.main(flags) == 2
     assert "its annotations cannot be read: mend the errors above" in capsys.readouterr().err
     assert not sheet.exists()
+    assert fix(source, tmp_path / "new", "--preview", str(sheet)) == 0  # of the copy
+    assert sheet.exists()
     images = [image(1, "a.png"), image(2, "text.png"), image(3, "small.png", 30, 30)]
     rows = [row(1), row(2, segmentation=[]), row(3, category_id=2, image_id=3)]
     names = [{"id": 1, "name": "car"}, {"id": 2, "name": "van"}, {"id": 3, "name": "bus"}]
@@ -209,3 +211,24 @@ def test_preview(source, tmp_path, capsys):
         colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
     assert set(PALETTE[:2]) <= colors and PALETTE[2] not in colors
     assert list(sheet.parent.iterdir()) == [sheet]
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("annotations", "images", "counts"),
+    [
+        ("facade_test_roboflow_coco/test/_annotations.coco.json", None, (83, 2842)),
+        ("tinycoco/annotations/instances_train2017.json", "train2017", (32, 288)),
+        ("tinycoco/annotations/instances_val2017.json", "val2017", (6, 136)),
+    ],
+)
+def test_real_data_needs_no_mending(real_data, tmp_path, annotations, images, counts):
+    file = real_data / annotations
+    images_dir = real_data / "tinycoco" / "images" / images if images else file.parent
+    found = find_faults(file, images_dir)
+    assert {fault.level for fault in found} == {"warning"}
+    folder, done = mend_split(file, images_dir, found, tmp_path, "train")
+    assert done == {}
+    split = coco.read_split(folder)
+    assert (len(split.images), sum(map(len, split.annotations.values()))) == counts
+    assert prepare_data.preview(split).shape[2] == 3
