@@ -22,6 +22,7 @@ from sam3_lora.geometry import (
     BOX_TOLERANCE,
     annotation_problems,
     is_box,
+    is_finite,
     is_flat,
     mask_box,
     segmentation_of,
@@ -151,6 +152,8 @@ def _fits(row: dict, width: int, height: int) -> bool:
 def _mend_shape(row: dict, done: Counter) -> bool:
     """Mends an annotation's mask, box and area, in place; whether there is anything left of it."""
     image = row["image"]
+    if not all(is_finite(image.get(key)) and image[key] >= 1 for key in ("width", "height")):
+        return True  # reading will name the image
     kinds = {kind for _, kind, _, _ in annotation_problems(row, image, thorough=True)}
     if kinds & {"polygon", "RLE"}:
         if not is_box(row.get("bbox")):

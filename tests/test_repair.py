@@ -163,6 +163,16 @@ def test_a_copy_that_could_not_be_read_is_not_written(source, tmp_path, capsys):
     assert "expected JSON in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("width", [None, {}, 0, float("nan")])
+def test_an_image_whose_size_cannot_be_known(source, tmp_path, width, capsys):
+    content = broken()
+    content["images"][7]["width"] = width
+    content["annotations"][-1] |= {"segmentation": [[1, 1, 90, 1, 90, 9]], "bbox": None}
+    save(source, content)
+    assert fix(source, tmp_path / "new") == 2
+    assert "nothing was written: expected width in pixels, 1 to" in capsys.readouterr().err
+
+
 def test_json(source, tmp_path, capsys):
     assert fix(source, tmp_path / "new", "--json") == 0
     report = json.loads(capsys.readouterr().out)
