@@ -11,7 +11,8 @@ Also `yolo`, for YOLO boxes and polygons, and `masks`, for masks that are image 
 
 Outputs: `<output_dir>/<split>/annotations.json` (COCO) and `<output_dir>/<split>/images/`, copies
 of the images; data/README.md describes both. A split is written whole or not at all. `validate`
-writes nothing: it prints a summary and the faults, and exits with 2 if one of them is an error.
+prints a summary and the faults, and exits with 2 if one of them is an error; it leaves the split as
+it is: `--fix DIR` writes a mended copy, `--preview PNG` a picture.
 """
 
 import argparse
@@ -20,32 +21,34 @@ import json
 import logging
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sam3_lora.coco import (
     CocoSplit,
     DatasetError,
-    Fault,
     check_prompts,
     find_faults,
     find_split,
+    outside_links,
     read_coco,
     read_split,
     split_dir,
     write_split,
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
+from sam3_lora.drawing import save_picture
 from sam3_lora.formats import read_yolo
 from sam3_lora.mask_images import KINDS, read_masks
+from sam3_lora.overview import fault_report, json_report, preview, summary
+from sam3_lora.repair import mend_split
 from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
 
 logger = logging.getLogger("prepare_data")
 
 SPLITS = ("train", "val", "valid", "test")
-FAULTS_LISTED = 5  # of each kind
 NAMES_LISTED = 5
-EMPTY_LISTED = 10  # categories without an object; of more, the summary gives the number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,11 +87,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, default=0, help="of the drawings (default: 0)")
     demo.add_argument("--overwrite", action="store_true", help="replace splits that have files")
+    add_validate_parser(commands, split)
+    return parser
+
+
+def add_validate_parser(
+    commands: argparse._SubParsersAction, split: argparse.ArgumentParser
+) -> None:
+    """Adds the subcommand `validate`."""
     check = commands.add_parser("validate", parents=[split], help="check a split")
     check.add_argument(
         "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
     )
-    return parser
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    check.add_argument(
+        "--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder"
+    )
+    check.add_argument(
+        "--preview", type=Path, metavar="PNG", help="draw images, with --fix of the copy"
+    )
+    check.add_argument(
+        "--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer"
+    )
 
 
 def add_masks_parser(commands: argparse._SubParsersAction, write: argparse.ArgumentParser) -> None:
@@ -216,6 +236,16 @@ def skip_missing(source: CocoSplit) -> CocoSplit:
     return dataclasses.replace(source, images=kept, annotations=annotations)
 
 
+def refuse_links(source: CocoSplit) -> None:
+    """Raises DatasetError where images are links to files outside their folder: copies of those
+    would bring into the data what is not of it."""
+    names = [image["file_name"] for image in source.images]
+    if links := outside_links(source.images_dir, names):
+        found = f"{len(links)} of {len(names)} are links to files outside it, the first {links[0]}"
+        message = f"expected the images in {source.images_dir}, found {found}"
+        raise DatasetError(f"{message} to {links[0].resolve()}; put the files in their place")
+
+
 def read_prompts(text: str | None, source: CocoSplit) -> dict[str, str]:
     """Returns the source's prompts, with those of `--prompts` (JSON, or a file of it) over them."""
     if text is None:
@@ -241,6 +271,7 @@ def read_json(flag: str, text: str, form: str) -> Any:
 def convert(args: argparse.Namespace) -> None:
     """Reads the source, writes the split and prints what it holds."""
     source = read_source(args)
+    refuse_links(source)
     prompts = read_prompts(args.prompts, source)
     folder = write_split(
         args.output_dir,
@@ -260,58 +291,53 @@ def convert(args: argparse.Namespace) -> None:
     )
 
 
-def summary(split: CocoSplit) -> str:
-    """Returns the counts of a split, a line for the whole and one for each category.
+def validate(args: argparse.Namespace) -> int:
+    """Prints the summary and the faults of a split, mends a copy of it and draws it, as asked.
 
-    Categories without an object share one line where there are many.
+    Returns:
+        2 if the split, or with `--fix` its copy, has an error, else 0.
     """
-    objects = [item for items in split.annotations.values() for item in items]
-    empty = sum(not items for items in split.annotations.values())
-    masks = sum(item["segmentation"] is not None for item in objects)
-    crowds = sum(item["iscrowd"] for item in objects)
-    count = Counter(item["category_id"] for item in objects)
-    lines = [
-        f"images      {len(split.images)} ({empty} without an object)",
-        f"objects     {len(objects)} ({masks} with a mask, {crowds} crowds)",
-        f"categories  {len(split.categories)}",
-    ]
-    absent = sum(category_id not in count for category_id in split.categories)
-    for category_id, name in split.categories.items():
-        if absent > EMPTY_LISTED and category_id not in count:
-            continue
-        phrase = split.phrase(category_id)
-        prompt = "" if phrase == name else f'  prompted as "{phrase}"'
-        lines.append(f"  {count[category_id]:7d}  {name}{prompt}")
-    if absent > EMPTY_LISTED:
-        lines.append(f"  {absent} categories without an object")
-    return "\n".join(lines) + "\n"
-
-
-def fault_report(faults: list[Fault]) -> str:
-    """Returns the faults, errors first, the first few of each kind, and their total."""
-    groups: dict[tuple[str, str], list[Fault]] = {}
-    for fault in sorted(faults, key=lambda fault: fault.level):
-        groups.setdefault((fault.level, fault.kind), []).append(fault)
-    lines = []
-    for (level, kind), group in groups.items():
-        lines.append(f"{level}: {kind} ({len(group)})")
-        lines.extend(f"  {fault}" for fault in group[:FAULTS_LISTED])
-        if len(group) > FAULTS_LISTED:
-            lines.append(f"  ... and {len(group) - FAULTS_LISTED} more")
-    errors = sum(fault.level == "error" for fault in faults)
-    lines.append(f"errors {errors}, warnings {len(faults) - errors}")
-    return "\n".join(lines) + "\n"
-
-
-def validate(data_dir: Path, split: str) -> int:
-    """Prints the summary and the faults of a split; returns 2 if one is an error, else 0."""
-    annotations_file, images_dir = find_split(split_dir(data_dir, split))
-    faults = find_faults(annotations_file, images_dir)
-    sys.stdout.write(f"{annotations_file}\n")
-    if not any(fault.fatal for fault in faults):
-        sys.stdout.write(summary(read_coco(annotations_file, images_dir)))
-    sys.stdout.write(fault_report(faults))
+    annotations_file, images_dir = find_split(split_dir(args.data_dir, args.split))
+    count_tokens = token_counter(args.model_name)
+    faults = find_faults(annotations_file, images_dir, count_tokens)
+    fatal = any(fault.fatal for fault in faults)
+    split = None if fatal else read_coco(annotations_file, images_dir)
+    if args.json:
+        report = json_report(annotations_file, split, faults)
+    else:
+        counts = "" if split is None else summary(split)
+        sys.stdout.write(f"{annotations_file}\n{counts}{fault_report(faults)}")
+    if args.fix is not None:
+        folder, done = mend_split(annotations_file, images_dir, faults, args.fix, args.split)
+        faults, split = find_faults(*find_split(folder), count_tokens), read_split(folder)
+        if args.json:
+            mended = json_report(split.annotations_file, split, faults)
+            report["mended"] = {"done": done, **mended}
+        else:
+            lines = [f"{count:7d}  {words}\n" for words, count in done.items()]
+            sys.stdout.write(f"\nmended copy {folder}\n{''.join(lines)}{fault_report(faults)}")
+    if args.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    if args.preview is not None:
+        if split is None:
+            reason = "its annotations cannot be read: mend the errors above first"
+            raise DatasetError(f"expected a split to draw in {annotations_file}, {reason}")
+        save_picture(preview(split), args.preview)
+        logger.info("preview: %s", args.preview)
     return 2 if any(fault.level == "error" for fault in faults) else 0
+
+
+def token_counter(model_name: str | None) -> Callable[[str], int] | None:
+    """Returns what counts a prompt's tokens by a model's tokenizer; None without a model."""
+    if model_name is None:
+        return None
+    from sam3_lora.model import ModelError, load_tokenizer  # slow to import
+
+    try:
+        tokenizer = load_tokenizer(model_name)
+    except ModelError as error:
+        raise ConfigError(f"--model_name: {error}") from error
+    return lambda phrase: len(tokenizer(phrase)["input_ids"])
 
 
 @user_errors(DatasetError, ConfigError)
@@ -324,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.command == "demo":
         write_demo(args.output_dir, args.task, args.seed, args.overwrite)
     elif args.command == "validate":
-        return validate(args.data_dir, args.split)
+        return validate(args)
     else:
         convert(args)
     return 0

@@ -32,12 +32,13 @@ from sam3_lora.faults import (
     image_size,
     kept_categories,
     load_json,
-    mask_problem,
+    outside_links,
     phrase_of,
     positions_by_id,
     record_faults,
-    segmentation_of,
+    refuse_bomb,
 )
+from sam3_lora.geometry import mask_problem, segmentation_of
 
 # The checks are part of this module's interface: the other modules import them from here.
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "image_size",
     "mask_area",
     "mask_iou",
+    "outside_links",
     "read_coco",
     "read_image",
     "read_split",
@@ -157,8 +159,10 @@ def read_split(path: Path) -> CocoSplit:
     return read_coco(*find_split(path))
 
 
-def read_coco(annotations_file: Path, images_dir: Path) -> CocoSplit:
-    """Reads a COCO file, without opening an image.
+def read_coco(
+    annotations_file: Path, images_dir: Path, payload: dict[str, Any] | None = None
+) -> CocoSplit:
+    """Reads a COCO file, or its content if that is given, without opening an image.
 
     Ids that are not unique ints from 1 are numbered from 1 in file order. A category with id 0
     that no annotation uses is a Roboflow root and is dropped. A box or area that is missing is
@@ -169,7 +173,7 @@ def read_coco(annotations_file: Path, images_dir: Path) -> CocoSplit:
             a mask that cannot be used, a file name that leaves the folder.
     """
     annotations_file, images_dir = Path(annotations_file), Path(images_dir)
-    payload = load_json(annotations_file)
+    payload = load_json(annotations_file) if payload is None else payload
     fatal = [fault for fault in record_faults(payload, annotations_file) if fault.fatal]
     if fatal:
         more = f" ({len(fatal) - 1} more: prepare_data.py validate lists them)"
@@ -298,6 +302,7 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
+            refuse_bomb(image)
             # PIL before 11 opens 16-bit PNG in mode I; exif_transpose forgets the format.
             is_uint16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
             return _to_rgb(ImageOps.exif_transpose(image), is_uint16)

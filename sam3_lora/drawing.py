@@ -6,6 +6,7 @@ size, so that a thumbnail and a 20-megapixel photo read alike.
 
 import math
 import os
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,10 @@ CELL_SIZE = (384, 768)  # height of a panel's pictures, pixels; the width of tho
 GUTTER = 8  # pixels between them
 TITLE_SIZE = 20  # of the font, pixels; the legend's is smaller
 LEGEND_SIZE = 15
+SHEET_CELL = (340, 420)  # height and width of a contact sheet's pictures, pixels
+SHEET_COLUMNS = 4
+EXAMPLES, MAX_EXAMPLES = 12, 24  # pictures on a sheet; the more where the categories need them
+BAR_SIZE = (32, 240)  # height and width of a category's bar with its name, pixels
 QUALITY_KEYS = ("ap", "ap50", "cgf1")  # in any case
 IOU_KEYS = ("iou", "mask_iou", "box_iou")  # likewise
 LEGEND_INSIDE = 6  # curves; a legend of more hides them
@@ -55,6 +60,7 @@ def draw_overlay(
     colors: Sequence[int],
     box_prompts_xyxy: Iterable[Sequence[float]] = (),
     box_prompt_labels: Iterable[int] | None = None,
+    outlined: Sequence[bool] | None = None,
 ) -> np.ndarray:
     """Draws detections over an image.
 
@@ -67,6 +73,7 @@ def draw_overlay(
         colors: n indices into PALETTE, counted round; one a prompt.
         box_prompts_xyxy: the user's boxes, drawn dashed.
         box_prompt_labels: 1 positive (green) or 0 negative (red) each; None: all positive.
+        outlined: whether each box is drawn, beside its label; None: all.
 
     Returns:
         uint8 (H, W, 3), a copy.
@@ -81,8 +88,9 @@ def draw_overlay(
         _paint_masks(picture, masks, colors, line)
     draw = ImageDraw.Draw(picture)
     box_line = line if masks is None else max(1, line // 2)
-    for box, color in zip(boxes, palette, strict=True):
-        if box:
+    outlined = [True] * len(boxes) if outlined is None else outlined
+    for box, color, drawn in zip(boxes, palette, outlined, strict=True):
+        if box and drawn:
             draw.rectangle(box, outline=color, width=box_line)
     prompts = [_inside(box, width, height) for box in box_prompts_xyxy]
     signs = [1] * len(prompts) if box_prompt_labels is None else box_prompt_labels
@@ -249,10 +257,10 @@ def _tag_position(
     return min(places, key=covered)
 
 
-def to_cell(image: np.ndarray) -> np.ndarray:
-    """An image, uint8 (H, W, 3), or a mask, bool (H, W), scaled to a panel's CELL_SIZE."""
+def to_cell(image: np.ndarray, cell: tuple[int, int] = CELL_SIZE) -> np.ndarray:
+    """An image, uint8 (H, W, 3), or a mask, bool (H, W), scaled into a cell (height, width)."""
     height, width = image.shape[:2]
-    scale = min(CELL_SIZE[0] / height, CELL_SIZE[1] / width)
+    scale = min(cell[0] / height, cell[1] / width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return np.array(Image.fromarray(image).resize(size))  # bicubic; of a mask the nearest pixel
 
@@ -303,6 +311,90 @@ def _place_legend(legend: Mapping[str, int], top: int, right: int) -> tuple[list
         tags.append(((x, top, x + width, top + height), text, PALETTE[color % len(PALETTE)]))
         x += width + GUTTER
     return tags, tags[-1][0][3] + GUTTER if tags else top
+
+
+def choose_examples(kinds: Sequence[set], seed: int = 0) -> list[int]:
+    """Chooses images for `draw_sheet`, so that every category is seen where that is possible.
+
+    Args:
+        kinds: the categories in each image.
+        seed: of the choice among equals.
+
+    Returns:
+        Positions, at most EXAMPLES, or MAX_EXAMPLES where the categories need them.
+    """
+    order = random.Random(seed).sample(range(len(kinds)), len(kinds))
+    chosen: list[int] = []
+    unseen = set().union(*kinds)
+    while unseen and len(chosen) < MAX_EXAMPLES:
+        best = max(order, key=lambda position: len(kinds[position] & unseen))
+        chosen.append(best)
+        unseen -= kinds[best]
+    rest = [position for position in order if position not in chosen]
+    return chosen + rest[: max(0, EXAMPLES - len(chosen))]
+
+
+def draw_sheet(
+    pictures: Sequence[np.ndarray], captions: Sequence[str], counts: Mapping[str, tuple[int, int]]
+) -> np.ndarray:
+    """Puts pictures in a grid on white, with a bar for each category beside them.
+
+    Args:
+        pictures: uint8 (H, W, 3) each, of at most SHEET_CELL.
+        captions: below the pictures.
+        counts: category -> its number of objects and its index into PALETTE, counted round.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    height, width = (side + GUTTER for side in SHEET_CELL)
+    height += LEGEND_SIZE + GUTTER
+    across = min(SHEET_COLUMNS, max(1, len(pictures)))
+    down = max(1, math.ceil(len(pictures) / across))
+    lines = max(1, (down * height - GUTTER) // BAR_SIZE[0])  # of bars in a column of them
+    left = across * width + GUTTER
+    right = left + math.ceil(max(1, len(counts)) / lines) * (BAR_SIZE[1] + GUTTER) + GUTTER
+    sheet = Image.new("RGB", (right, down * height + GUTTER), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = GUTTER + number % across * width, GUTTER + number // across * height
+        middle = x + SHEET_CELL[1] // 2
+        top = y + SHEET_CELL[0] - picture.shape[0]
+        sheet.paste(Image.fromarray(picture), (middle - picture.shape[1] // 2, top))
+        text, font = _fitted(caption, LEGEND_SIZE, SHEET_CELL[1])
+        draw.text((middle, y + SHEET_CELL[0] + 2), text, (0, 0, 0), font, anchor="ma")
+    longest = max((count for count, _ in counts.values()), default=0)
+    for number, (name, (count, color)) in enumerate(counts.items()):
+        x, y = (
+            left + number // lines * (BAR_SIZE[1] + GUTTER),
+            GUTTER + number % lines * BAR_SIZE[0],
+        )
+        _draw_bar(draw, (x, y), name, count, longest, PALETTE[color % len(PALETTE)])
+    return np.array(sheet)
+
+
+def _draw_bar(
+    draw: ImageDraw.ImageDraw, corner: tuple, name: str, count: int, longest: int, color: tuple
+) -> None:
+    """A category's name and count over a bar, as long as its share of the largest count."""
+    (x, y), (_, width) = corner, BAR_SIZE
+    text, font = _fitted(name, LEGEND_SIZE, width - 5 * LEGEND_SIZE)
+    draw.text((x, y), text, (0, 0, 0) if count else (130, 130, 130), font)
+    draw.text((x + width, y), str(count), (0, 0, 0), _font(LEGEND_SIZE), anchor="ra")
+    top = y + LEGEND_SIZE + 5
+    draw.rectangle([x, top, x + width - 1, top + 6], fill=(235, 235, 235))
+    if count:
+        draw.rectangle(
+            [x, top, x + max(2, round(width * count / longest)) - 1, top + 6], fill=color
+        )
+
+
+def save_picture(picture: np.ndarray, path: Path) -> None:
+    """Writes a picture, uint8 (H, W, 3), as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    Image.fromarray(picture).save(temporary, format="PNG")
+    os.replace(temporary, path)
 
 
 def draw_curves(log_rows: Iterable[dict[str, Any]], path: Path) -> None:

@@ -5,28 +5,36 @@ lists them all. The readers of single fields live here too, so that what is chec
 """
 
 import difflib
+import hashlib
 import json
 import re
 import struct
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 from PIL import ExifTags, Image
 
+from sam3_lora.geometry import (
+    COORDINATE_LIMIT,
+    PIXEL_LIMIT,
+    annotation_problems,
+    in_fractions,
+    is_finite,
+    shown,
+)
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-# Pixels a box may pass the image's edge: annotation tools round corners to whole pixels.
-BOX_TOLERANCE = 1.0
-# Pixels. pycocotools allocates in proportion to an edge's length: 1e9 would exhaust the memory.
-COORDINATE_LIMIT = 1e5
-FRACTION_SIDE = 2  # pixels; on a larger image, a box of numbers up to 1 is in fractions of it
-# Characters of one number in a compressed RLE, 5 bits each: more cannot be a run of an image.
-RLE_NUMBER_LENGTH = 8
+QUERY_LIMIT = 200  # objects that the model finds of one prompt in an image
+TOKEN_LIMIT = 32  # of a prompt, its start and end included; Meta's text encoder cuts the rest
+IMBALANCE = 10  # objects of the largest category for one of the smallest; above, a warning
+ID_LIMIT = 2**63  # ids are kept as 64-bit integers
+NAME_BYTES = 255  # of a file or folder; more cannot be on a disk
+# In a file's name: control characters, and halves of a character pair, which no encoding has.
+UNSAFE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 # PIL's plugins raise these on broken files, SyntaxError and struct.error included.
 IMAGE_ERRORS = (
     OSError,
@@ -36,6 +44,7 @@ IMAGE_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
+ID_WANTED = "a whole number under 2^63 or a text"
 EXIF_SWAPS_SIDES = (5, 6, 7, 8)  # values of the EXIF tag Orientation that turn by 90 degrees
 
 
@@ -63,8 +72,17 @@ class Fault:
         return f"{self.message} ({where}); {self.remedy}"
 
 
-def find_faults(annotations_file: Path, images_dir: Path) -> list[Fault]:
+def find_faults(
+    annotations_file: Path,
+    images_dir: Path,
+    count_tokens: Callable[[str], int] | None = None,
+) -> list[Fault]:
     """Lists what is wrong with a COCO file and its images; decodes every image.
+
+    Args:
+        annotations_file: COCO.
+        images_dir: Where its images are.
+        count_tokens: The length of a prompt in tokens, start and end included; None estimates it.
 
     Returns:
         Errors and warnings in the order found. No error means that `read_coco` succeeds, that
@@ -75,7 +93,12 @@ def find_faults(annotations_file: Path, images_dir: Path) -> list[Fault]:
         payload = load_json(file)
     except DatasetError as error:
         return [Fault("error", "file", str(error), file, None, "nothing else was checked", True)]
-    return [*record_faults(payload, file), *_disk_faults(payload, images_dir, file)]
+    return [
+        *record_faults(payload, file, thorough=True),
+        *_set_faults(payload, file, count_tokens or _least_tokens),
+        *_disk_faults(payload, images_dir, file),
+        *_copy_faults(payload, images_dir, file.parent),
+    ]
 
 
 def check_prompts(prompts: Any, names: Iterable[str]) -> None:
@@ -90,11 +113,14 @@ def check_prompts(prompts: Any, names: Iterable[str]) -> None:
             found = f"expected a category's name in prompts, found {name!r}"
             raise DatasetError(f"{found}; did you mean {' or '.join(map(repr, near))}?")
         if not isinstance(phrase, str) or not phrase.strip():
-            raise DatasetError(f"expected a phrase for {name!r} in prompts, found {phrase!r}")
+            raise DatasetError(f"expected a phrase for {name!r} in prompts, found {shown(phrase)}")
 
 
-def record_faults(payload: dict[str, Any], file: Path) -> Iterator[Fault]:
-    """Yields the faults of a loaded COCO file that show without opening an image."""
+def record_faults(payload: dict[str, Any], file: Path, thorough: bool = False) -> Iterator[Fault]:
+    """Yields the faults of a loaded COCO file that show without opening an image.
+
+    `thorough` looks at the shapes of masks too, which takes longer and yields no fatal fault.
+    """
     if not payload["images"]:
         yield _fatal("no images", "expected at least one image, found 0", file, None, "add images")
     yield from _category_faults(payload, file)
@@ -109,20 +135,33 @@ def record_faults(payload: dict[str, Any], file: Path) -> Iterator[Fault]:
             yield Fault("error", "duplicate id", message, file, f"annotation {key}", remedy)
     image_at = positions_by_id(payload["images"])
     category_at = positions_by_id(kept_categories(payload))
-    used_images, used_categories = set(), set()
+    used_images, used_categories, suspects = set(), set(), []
     for row in payload["annotations"]:
         image = find_position(image_at, row.get("image_id"))
         category = find_position(category_at, row.get("category_id"))
         used_images.add(image)
         used_categories.add(category)
-        where = file, f"annotation {row.get('id')}"
+        where = file, f"annotation {_id_text(row)}"
+        if row.get("id") is not None and id_key(row["id"]) is None:
+            message = f"expected an annotation id, {ID_WANTED}, found {shown(row['id'])}"
+            yield _fatal("bad id", message, *where, "remove the key: it is then numbered")
         for key, position in (("image_id", image), ("category_id", category)):
             if position is None:
-                message = f"expected {key} to be an id in the file, found {row.get(key)!r}"
+                message = f"expected {key} to be an id in the file, found {shown(row.get(key))}"
                 yield _fatal(f"unknown {key}", message, *where, "add it or remove the annotation")
         if image is not None:
-            yield from _annotation_faults(row, payload["images"][image], *where)
-    yield from _fraction_faults(payload, image_at, file)
+            annotated = row, payload["images"][image]
+            suspects.extend([row] if in_fractions(*annotated) else [])
+            for level, kind, message, remedy in annotation_problems(*annotated, thorough):
+                fatal = level == "fatal"
+                level = "error" if fatal else level
+                yield Fault(level, kind, message, *where, remedy, fatal)
+    if suspects:
+        first = f"the first is {suspects[0]['bbox']} of annotation {_id_text(suspects[0])}"
+        message = "looks like fractions of the image; COCO boxes are pixels: "
+        message += f"{len(suspects)} of {len(payload['annotations'])} boxes, {first}"
+        remedy = "multiply x and width by the image's width, y and height by its height"
+        yield Fault("error", "box in fractions", message, file, None, remedy)
     yield from _unused(payload, file, used_images, used_categories)
 
 
@@ -141,6 +180,56 @@ def _unused(payload: dict, file: Path, images: set, categories: set) -> Iterator
         yield Fault("warning", "empty images", message, file, None, "they are kept as negatives")
 
 
+def _set_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterator[Fault]:
+    """Warnings about the set as a whole: crowded images, balance, prompts, names alike."""
+    rows, images = kept_categories(payload), payload["images"]
+    image_at, category_at = positions_by_id(images), positions_by_id(rows)
+    pairs: Counter = Counter()
+    for row in payload["annotations"]:
+        image = find_position(image_at, row.get("image_id"))
+        pairs[image, find_position(category_at, row.get("category_id"))] += 1
+    objects: Counter = Counter()
+    for (image, category), count in pairs.items():
+        if image is None or category is None:
+            continue
+        objects[category] += count
+        if count > QUERY_LIMIT:
+            message = f"{count} objects of {shown(rows[category].get('name'))}, "
+            message += f"the model finds at most {QUERY_LIMIT} of one prompt in an image"
+            where = file, f"image {_id_text(images[image])}"
+            yield Fault("warning", "crowded image", message, *where, "cut the image into tiles")
+    if objects:
+        (most, high), (least, low) = objects.most_common()[0], objects.most_common()[-1]
+        if high > IMBALANCE * low:
+            names = [shown(rows[position].get("name")) for position in (most, least)]
+            message = f"{names[0]} has {high} objects, {names[1]} has {low}"
+            remedy = "the rare ones are learned last: add images of them"
+            yield Fault("warning", "imbalance", message, file, None, remedy)
+    prompts = payload.get("prompts")
+    prompts = prompts if isinstance(prompts, dict) else {}
+    for row in rows:
+        name = row.get("name")
+        phrase = phrase_of(name, prompts) if isinstance(name, str) else ""
+        tokens = count_tokens(phrase)
+        if tokens > TOKEN_LIMIT:
+            how = "at least " if count_tokens is _least_tokens else ""
+            message = f"the prompt {shown(phrase)} has {how}{tokens} tokens"
+            remedy = f"the model reads {TOKEN_LIMIT}, start and end included: shorten it"
+            where = file, f"category {_id_text(row)}"
+            yield Fault("warning", "long prompt", message, *where, remedy)
+    names = {clean_name(row.get("file_name")) for row in images} - {None}
+    for name, count in Counter(name.casefold() for name in names).items():
+        if count > 1:
+            message = f"{count} file names differ in capitals only, such as {shown(name)}"
+            remedy = "they are one file on Windows and macOS: rename all but one"
+            yield Fault("warning", "names alike", message, file, None, remedy)
+
+
+def _least_tokens(phrase: str) -> int:
+    """A lower bound of a prompt's length in CLIP's tokens: its words, digits, signs and 2 ends."""
+    return 2 + len(re.findall(r"[^\W\d_]+|\d|[^\w\s]+|_+", phrase))
+
+
 def _fatal(kind: str, message: str, file: Path, row_id: str | None, remedy: str) -> Fault:
     """An error that reading cannot survive."""
     return Fault("error", kind, message, file, row_id, remedy, fatal=True)
@@ -151,7 +240,7 @@ def _id_faults(rows: list[dict], what: str, file: Path) -> Iterator[Fault]:
     seen = Counter(id_key(row.get("id")) for row in rows)
     for key, count in seen.items():
         if key is None:
-            message = f"expected every {what} to have an id, a number or a text, found {count} not"
+            message = f"expected every {what} to have an id, {ID_WANTED}, found {count} without"
             yield _fatal("missing key", message, file, None, f"number each {what}")
         elif count > 1:
             message = f"expected unique {what} ids, found {key!r} {count} times"
@@ -174,8 +263,8 @@ def _category_faults(payload: dict, file: Path) -> Iterator[Fault]:
     first_named: dict[str, str] = {}
     for row in kept_categories(payload):
         name, where = row.get("name"), (file, f"category {row.get('id')}")
-        if not isinstance(name, str) or not name.strip():
-            message = f"expected a category name, found {name!r}"
+        if not isinstance(name, str) or not name.strip() or UNSAFE.search(name):
+            message = f"expected a category name of printable text, found {shown(name)}"
             yield _fatal("missing key", message, *where, "name it: the name is the prompt")
             continue
         phrase = phrase_of(name, prompts).lower()  # the tokenizer lower-cases
@@ -190,10 +279,11 @@ def _category_faults(payload: dict, file: Path) -> Iterator[Fault]:
 
 def _image_faults(row: dict, file: Path, first_seen: dict[str, Any]) -> Iterator[Fault]:
     """Faults of one image row."""
-    where = file, f"image {row.get('id')}"
+    where = file, f"image {_id_text(row)}"
     name = clean_name(row.get("file_name"))
     if name is None:
-        message = f"expected a file_name inside the images folder, found {row.get('file_name')!r}"
+        found = shown(row.get("file_name"))
+        message = f"expected a plain file_name inside the images folder, found {found}"
         yield _fatal("file_name", message, *where, "make it relative to the images folder")
     elif name in first_seen:
         message = f"expected one image a file, found {name!r} also as image {first_seen[name]}"
@@ -201,74 +291,14 @@ def _image_faults(row: dict, file: Path, first_seen: dict[str, Any]) -> Iterator
     else:
         first_seen[name] = row.get("id")
     for key in ("width", "height"):
-        if not _finite(row.get(key)) or not 1 <= row[key] <= COORDINATE_LIMIT:
+        if not is_finite(row.get(key)) or not 1 <= row[key] <= COORDINATE_LIMIT:
             limit = f"1 to {COORDINATE_LIMIT:.0f}"
-            message = f"expected {key} in pixels, {limit}, found {row.get(key)!r}"
+            message = f"expected {key} in pixels, {limit}, found {shown(row.get(key))}"
             yield _fatal("missing key", message, *where, f"write the image's {key}")
-
-
-def _annotation_faults(row: dict, image: dict, file: Path, row_id: str) -> Iterator[Fault]:
-    """Faults of one annotation, with its image's row."""
-    bbox, segmentation = row.get("bbox"), segmentation_of(row)
-    if bbox is not None or segmentation is None:
-        yield from _box_faults(bbox, image, file, row_id)
-    if row.get("area") is not None and not _finite(row["area"]):
-        message = f"expected a finite area, found {row['area']!r}"
-        yield _fatal("not a number", message, file, row_id, "remove the key: it is then computed")
-    if row.get("iscrowd") not in (0, 1, None):
-        message = f"expected iscrowd to be 0 or 1, found {row['iscrowd']!r}"
-        yield _fatal("iscrowd", message, file, row_id, "write 0 for a single object")
-    sides = image.get("height"), image.get("width")
-    if segmentation is not None and all(map(_finite, sides)):
-        problem = mask_problem(segmentation, int(sides[0]), int(sides[1]))
-        if problem:
-            kind = "polygon" if isinstance(segmentation, list) else "RLE"
-            remedy = 'draw it again, or set "segmentation" to [] to use the box alone'
-            yield _fatal(kind, problem, file, row_id, remedy)
-
-
-def _box_faults(bbox: Any, image: dict, file: Path, row_id: str) -> Iterator[Fault]:
-    """Faults of one box, with its image's row."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_finite, bbox)):
-        message = f"expected bbox [x, y, width, height] of finite numbers, found {bbox!r}"
-        yield _fatal("bbox", message, file, row_id, "write the box or remove the annotation")
-        return
-    x, y, width, height = bbox
-    if width <= 0 or height <= 0:
-        message = f"expected a box with width and height > 0, found {bbox}"
-        yield Fault("error", "empty box", message, file, row_id, "remove the annotation")
-    sides = image.get("width"), image.get("height")
-    if not all(map(_finite, sides)):
-        return
-    beyond = max(-x, -y, x + width - sides[0], y + height - sides[1])
-    apart = x >= sides[0] or y >= sides[1] or x + width <= 0 or y + height <= 0
-    if beyond > BOX_TOLERANCE or (apart and min(width, height) > 0):
-        message = (
-            f"expected a box inside the {sides[0]} x {sides[1]} image, found {bbox}, "
-            f"{beyond:g} px beyond its edge"
-        )
-        remedy = "clip it, and check that its units are pixels and its form x, y, width, height"
-        yield Fault("error", "box outside", message, file, row_id, remedy)
-
-
-def _fraction_faults(payload: dict, image_at: dict, file: Path) -> Iterator[Fault]:
-    """One fault for all boxes that look normalised, as those of YOLO are."""
-    suspects = []
-    for row in payload["annotations"]:
-        bbox, position = row.get("bbox"), find_position(image_at, row.get("image_id"))
-        if position is None or not isinstance(bbox, list) or len(bbox) != 4:
-            continue
-        sides = [payload["images"][position].get(key) for key in ("width", "height")]
-        if not all(map(_finite, [*bbox, *sides])) or min(sides) <= FRACTION_SIDE:
-            continue
-        if max(map(abs, bbox)) <= 1 and min(bbox[2:]) > 0:
-            suspects.append(row)
-    if suspects:
-        first = f"the first is {suspects[0]['bbox']} of annotation {suspects[0].get('id')}"
-        message = "looks like fractions of the image; COCO boxes are pixels: "
-        message += f"{len(suspects)} of {len(payload['annotations'])} boxes, {first}"
-        remedy = "multiply x and width by the image's width, y and height by its height"
-        yield Fault("error", "box in fractions", message, file, None, remedy)
+            return
+    if row["width"] * row["height"] > PIXEL_LIMIT:
+        message = f"expected at most {PIXEL_LIMIT} pixels, found {row['width']} x {row['height']}"
+        yield _fatal("huge image", message, *where, "cut it into tiles")
 
 
 def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]:
@@ -293,6 +323,45 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
     if unlisted:
         message = f"{unlisted} image files in {images_dir} are not in the annotation file"
         yield Fault("warning", "unlisted images", message, file, None, "they are not used")
+
+
+def outside_links(images_dir: Path, names: Iterable[str]) -> list[Path]:
+    """Returns the images that are symbolic links, or lie in such a folder, to outside."""
+    root = images_dir.resolve()
+    paths = [images_dir / name for name in names]
+    return [path for path in paths if not path.resolve().is_relative_to(root)]
+
+
+def _copy_faults(payload: dict, images_dir: Path, folder: Path) -> Iterator[Fault]:
+    """Links to photos elsewhere; the same photo twice in a split, or in another beside it too."""
+    names = {clean_name(row.get("file_name")) for row in payload["images"]} - {None}
+    for path in outside_links(images_dir, sorted(names)):
+        message = f"expected a file in the images folder, found a link to {path.resolve()}"
+        yield Fault("error", "link outside", message, path, None, "put the file in its place")
+    here = {images_dir / name for name in names}
+    others = {
+        path
+        for name in {"train", "val", "valid", "test"} - {folder.name}
+        for path in (folder.parent / name).rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    }
+    sizes: dict[int, list[Path]] = {}
+    for path in filter(Path.is_file, (*sorted(here), *sorted(others - here))):
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    for paths in sizes.values():
+        contents: dict[bytes, Path] = {}
+        for path in paths if len(paths) > 1 and paths[0] in here else ():
+            with path.open("rb") as stream:
+                first = contents.setdefault(hashlib.file_digest(stream, "sha1").digest(), path)
+            if first != path and first in here:
+                kind, remedy = "photo twice", "keep one, with all its objects"
+                if path in others:
+                    kind, remedy = (
+                        "photo in two splits",
+                        "keep one: what was trained on tests nothing",
+                    )
+                message = f"expected each photo once, found the same file as {path}"
+                yield Fault("warning", kind, message, first, None, remedy)
 
 
 def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
@@ -325,10 +394,9 @@ def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
         yield Fault("error", "image size", message, *where, remedy)
 
 
-def _finite(value: Any) -> bool:
-    """Whether a value is a number that a float can hold; JSON allows NaN and any whole number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
+def _id_text(row: dict) -> str:
+    """A row's id as a message names it."""
+    return row["id"] if isinstance(row.get("id"), str) else shown(row.get("id"))
 
 
 def load_json(file: Path) -> dict[str, Any]:
@@ -355,21 +423,13 @@ def load_json(file: Path) -> dict[str, Any]:
     return payload
 
 
-def segmentation_of(row: Mapping[str, Any]) -> Any:
-    """Returns an annotation's polygons without empty parts, or its RLE; None for a box alone."""
-    value = row.get("segmentation")
-    if isinstance(value, list) and value and not any(isinstance(v, (list, dict)) for v in value):
-        return [value]
-    if isinstance(value, list):
-        value = [part for part in value if part != []]
-    return None if value in (None, [], {}) else value
-
-
 def id_key(raw: Any) -> int | str | None:
-    """Returns an id as it is compared: 1.0 is 1; None for all but whole numbers and text."""
+    """Returns an id as it is compared: 1.0 is 1; None for all but 64-bit integers and text."""
     if isinstance(raw, float) and raw.is_integer():
-        return int(raw)
-    return raw if isinstance(raw, (int, str)) and not isinstance(raw, bool) else None
+        raw = int(raw)
+    if isinstance(raw, int):
+        return None if isinstance(raw, bool) or abs(raw) >= ID_LIMIT else raw
+    return raw if isinstance(raw, str) else None
 
 
 def positions_by_id(rows: list[dict]) -> dict[Any, int]:
@@ -403,10 +463,20 @@ def phrase_of(name: str, prompts: Mapping[str, str]) -> str:
 
 def clean_name(raw: Any) -> str | None:
     """Returns a file name with forward slashes, or None unless it stays inside its folder."""
-    if not isinstance(raw, str) or "\0" in raw or re.match(r"[A-Za-z]:", raw):
+    if not isinstance(raw, str) or UNSAFE.search(raw) or re.match(r"[A-Za-z]:", raw):
         return None
     name = PurePosixPath(raw.replace("\\", "/"))
+    if max((len(part.encode()) for part in name.parts), default=0) > NAME_BYTES:
+        return None
     return None if not name.name or name.is_absolute() or ".." in name.parts else str(name)
+
+
+def refuse_bomb(image: Image.Image) -> None:
+    """Raises DecompressionBombError where PIL warns; it refuses only images of twice as much."""
+    if image.width * image.height > PIXEL_LIMIT:
+        found = f"{image.width} x {image.height}"
+        message = f"{found} pixels, at most {PIXEL_LIMIT} are read: cut it into tiles"
+        raise Image.DecompressionBombError(message)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -417,69 +487,10 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
+            refuse_bomb(image)
             # The base class's getexif: that of PNG would decode the whole image first.
             turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
             return image.size[::-1] if turn in EXIF_SWAPS_SIDES else image.size
     except IMAGE_ERRORS as error:
         message = f"expected an image that PIL reads, found {path} ({error})"
         raise DatasetError(f"{message}; replace the file") from error
-
-
-def mask_problem(segmentation: Any, height: int, width: int) -> str | None:
-    """Returns what makes polygons or an RLE unusable on an image of this size, or None.
-
-    Beyond good messages this guards pycocotools, which reads 4 numbers as a box, and outside
-    its memory where an RLE's runs do not add up to height * width.
-    """
-    if isinstance(segmentation, dict):
-        return _rle_problem(segmentation, height, width)
-    if not isinstance(segmentation, list):
-        return f"expected polygons or an RLE, found {type(segmentation).__name__}"
-    for part in segmentation:
-        if not isinstance(part, list) or not set(map(type, part)) <= {int, float}:
-            return f"expected polygons as lists of numbers, found {str(part)[:60]}"
-        if len(part) < 6 or len(part) % 2:
-            return f"expected polygons of x, y pairs, 3 points or more, found {len(part)} numbers"
-        beyond = [value for value in part if not abs(value) <= COORDINATE_LIMIT]  # NaN included
-        if beyond:
-            return f"expected finite coordinates in pixels, found {str(beyond[0])[:20]}"
-    return None
-
-
-def _rle_problem(rle: dict, height: int, width: int) -> str | None:
-    """What makes an RLE unusable."""
-    size, counts = rle.get("size"), rle.get("counts")
-    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
-        return f"expected an RLE of the image's size [{height}, {width}], found {size}"
-    runs = _runs(counts)
-    if runs is None:
-        return f"expected RLE counts, whole numbers from 0 or COCO text, found {str(counts)[:40]}"
-    if sum(runs) != height * width:
-        return f"expected RLE runs that sum to {height} x {width}, found {sum(runs)}"
-    return None
-
-
-def _runs(counts: Any) -> list[int] | None:
-    """The runs of an RLE, or None where they are none. Source: rleFrString in cocoapi maskApi.c."""
-    if isinstance(counts, list):
-        fine = all(isinstance(run, int) and not isinstance(run, bool) for run in counts)
-        return counts if fine and min(counts, default=0) >= 0 else None
-    if isinstance(counts, str) and counts.isascii():
-        counts = counts.encode("ascii")
-    if not isinstance(counts, bytes):
-        return None
-    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(digits & 0x20 == 0)
-    if digits.size == 0 or digits.min() < 0 or digits.max() > 63 or ends.size == 0:
-        return None
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if ends[-1] != digits.size - 1 or lengths.max() > RLE_NUMBER_LENGTH:
-        return None
-    place = np.arange(digits.size) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((digits & 0x1F) << (5 * place), starts)
-    runs -= np.where(digits[ends] & 0x10, np.int64(1) << (5 * lengths), 0)
-    # From the fourth on, a number is the difference to the run two before.
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs.tolist() if runs.min() >= 0 else None

@@ -60,21 +60,36 @@ def load_model(name: str) -> tuple[Sam3Model, Any]:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
             )
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = load_tokenizer(name)
     except ModelError:
         raise
-    # All there are: a damaged file raises what its reader trips over, and the tokenizers' reader
-    # plain Exception. The cause is kept for --debug.
+    # All there are: a damaged file raises what its reader trips over; the cause shows by --debug.
     except Exception as error:
         raise ModelError(_access_hint(name, error)) from error
-    if tokenizer("a")["input_ids"] == tokenizer("b")["input_ids"]:
-        # Without its files the library makes a tokenizer that knows no word.
-        raise ModelError(f"{name}: expected a tokenizer, found no tokenizer.json; get a full copy")
     problems = {k: report[k] for k in ("missing_keys", "mismatched_keys") if report[k]}
     if problems:
         found = "; ".join(f"{len(v)} {k} (first: {sorted(v)[0]})" for k, v in problems.items())
         raise ModelError(f"{name}: expected every weight of SAM 3, found {found}; get a full copy")
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """Loads SAM 3's tokenizer alone.
+
+    Args:
+        name: hub id, or a local folder.
+
+    Raises:
+        ModelError: not found, not accessible, damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the tokenizers' reader raises no narrower one
+        raise ModelError(_access_hint(name, error)) from error
+    if tokenizer("a")["input_ids"] == tokenizer("b")["input_ids"]:
+        # Without its files the library makes a tokenizer that knows no word.
+        raise ModelError(f"{name}: expected a tokenizer, found no tokenizer.json; get a full copy")
+    return tokenizer
 
 
 def _refuse_other_formats(name: str) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 18
+MAX_PACKAGE_FILES = 24
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "model": {"lora_layers"},
     "checkpoint": {"lora_layers"},
     "config": {"lora_layers"},
-    "coco": {"faults"},
+    "coco": {"faults", "geometry"},
+    "faults": {"geometry"},
+    "repair": {"coco", "faults", "geometry"},
+    "overview": {"coco", "drawing"},
     "formats": {"coco"},
     "mask_images": {"coco"},
     "tiles": {"coco"},

@@ -226,3 +226,38 @@ def test_training_and_validation_loss_have_axes_of_their_own(tmp_path, monkeypat
         "validation quality": {"ap", "ap50", "cgf1"},
         "mean IoU": {"training", "validation"},
     }
+
+
+def test_examples_show_every_category():
+    kinds = [set(), {1}, {1, 2}, {3}, {2}] + [{1}] * 30
+    chosen = drawing.choose_examples(kinds)
+    assert chosen == drawing.choose_examples(kinds) != drawing.choose_examples(kinds, seed=1)
+    assert len(set(chosen)) == len(chosen) == drawing.EXAMPLES
+    assert {2, 3} <= set(chosen)
+    assert sorted(drawing.choose_examples(kinds[:3])) == [0, 1, 2]
+    many = [{k} for k in range(40)]
+    assert len(drawing.choose_examples(many)) == drawing.MAX_EXAMPLES
+    assert drawing.choose_examples([]) == []
+
+
+def test_a_box_may_be_named_and_not_outlined():
+    boxes = np.array([[50, 60, 150, 120], [160, 60, 200, 120]])
+    picture = draw_overlay(photo(), None, boxes, ["", ""], [1, 2], outlined=[False, True])
+    assert not has_color(picture, PALETTE[1]).any() and has_color(picture, PALETTE[2]).any()
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_sheet(count, tmp_path):
+    color = (1, 2, 3)
+    pictures = [np.full((100, 200, 3), color, np.uint8)] * count
+    counts = {"long name " * 9: (10, 0), "rare": (1, 1), "absent": (0, 2)}
+    sheet = drawing.draw_sheet(pictures, ["a.png"] * count, counts)
+    assert has_color(sheet, color).sum() == count * 100 * 200
+    drawn = [has_color(sheet, PALETTE[k]).any(axis=0).sum() for k in (0, 1, 2)]
+    width = drawing.BAR_SIZE[1]
+    assert drawn == [width, width / 10, 0]
+    assert (sheet[-1] == 255).all() and (sheet[:, -1] == 255).all()
+    drawing.save_picture(sheet, tmp_path / "new" / "sheet.png")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
+    with Image.open(tmp_path / "new" / "sheet.png") as saved:
+        assert np.array_equal(np.asarray(saved), sheet)

@@ -34,7 +34,8 @@ def raw(tmp_path: Path) -> Path:
                 }
             )
         if name != "gone.png":
-            Image.new("RGB", (40, 30)).save(folder / "images" / Path(name).name)
+            photo = Image.new("RGB", (40, 30), (number, 0, 0))
+            photo.save(folder / "images" / Path(name).name)
     categories = [{"id": 1, "name": "bottle_cap"}, {"id": 2, "name": "car"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations.json").write_text(json.dumps(content))
@@ -141,7 +142,9 @@ def test_validate_lists_faults(raw, capsys):
     assert prepare_data.main(coco_command(raw)) == 0
     content = written(raw)
     row = content["annotations"][0]
-    content["annotations"] += [row | {"id": 9 + i, "bbox": [35, 1, 50, 5]} for i in range(7)]
+    content["annotations"] += [
+        row | {"id": 9 + i, "bbox": [35, 1, 50, 5], "segmentation": []} for i in range(7)
+    ]
     file = raw.parent / "data" / "train" / "annotations.json"
     file.write_text(json.dumps(content))
     (file.parent / "images" / "._a.png").write_text("")

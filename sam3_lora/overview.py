@@ -1,0 +1,140 @@
+"""A split at a glance: its counts, its faults, and a contact sheet of its images."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sam3_lora.coco import CocoSplit, DatasetError, Fault, decode_mask, read_image
+from sam3_lora.drawing import SHEET_CELL, choose_examples, draw_overlay, draw_sheet, to_cell
+
+logger = logging.getLogger(__name__)
+
+FAULTS_LISTED = 5  # of each kind
+EMPTY_LISTED = 10  # categories without an object; of more, the summary gives the number
+
+
+def summary(split: CocoSplit) -> str:
+    """Returns the counts of a split, a line for the whole and one for each category.
+
+    Categories without an object share one line where there are many.
+    """
+    objects = [item for items in split.annotations.values() for item in items]
+    empty = sum(not items for items in split.annotations.values())
+    masks = sum(item["segmentation"] is not None for item in objects)
+    crowds = sum(item["iscrowd"] for item in objects)
+    count = Counter(item["category_id"] for item in objects)
+    lines = [
+        f"images      {len(split.images)} ({empty} without an object)",
+        f"objects     {len(objects)} ({masks} with a mask, {crowds} crowds)",
+        f"categories  {len(split.categories)}",
+    ]
+    absent = sum(category_id not in count for category_id in split.categories)
+    for category_id, name in split.categories.items():
+        if absent > EMPTY_LISTED and category_id not in count:
+            continue
+        phrase = split.phrase(category_id)
+        prompt = "" if phrase == name else f'  prompted as "{phrase}"'
+        lines.append(f"  {count[category_id]:7d}  {name}{prompt}")
+    if absent > EMPTY_LISTED:
+        lines.append(f"  {absent} categories without an object")
+    return "\n".join(lines) + "\n"
+
+
+def fault_report(faults: list[Fault]) -> str:
+    """Returns the faults, errors first, the first few of each kind, and their total."""
+    groups: dict[tuple[str, str], list[Fault]] = {}
+    for fault in sorted(faults, key=lambda fault: fault.level):
+        groups.setdefault((fault.level, fault.kind), []).append(fault)
+    lines = []
+    for (level, kind), group in groups.items():
+        lines.append(f"{level}: {kind} ({len(group)})")
+        lines.extend(f"  {fault}" for fault in group[:FAULTS_LISTED])
+        if len(group) > FAULTS_LISTED:
+            lines.append(f"  ... and {len(group) - FAULTS_LISTED} more")
+    errors = sum(fault.level == "error" for fault in faults)
+    lines.append(f"errors {errors}, warnings {len(faults) - errors}")
+    return "\n".join(lines) + "\n"
+
+
+def json_report(file: Path, split: CocoSplit | None, faults: list[Fault]) -> dict[str, Any]:
+    """Returns the counts (None of a split that cannot be read) and the faults of a split."""
+    errors = sum(fault.level == "error" for fault in faults)
+    report = {"annotations_file": str(file), "counts": None, "errors": errors}
+    report["warnings"] = len(faults) - errors
+    if split is not None:
+        objects = [item for items in split.annotations.values() for item in items]
+        per_category = Counter(item["category_id"] for item in objects)
+        report["counts"] = {
+            "images": len(split.images),
+            "empty_images": sum(not items for items in split.annotations.values()),
+            "objects": len(objects),
+            "masks": sum(item["segmentation"] is not None for item in objects),
+            "categories": {name: per_category[key] for key, name in split.categories.items()},
+        }
+    keys = ("level", "kind", "message", "id", "remedy")
+    rows = [{key: getattr(f, key) for key in keys} | {"file": str(f.file)} for f in faults]
+    return report | {"faults": rows}
+
+
+def preview(split: CocoSplit) -> np.ndarray:
+    """Returns a contact sheet of a split: images with their objects, and counts by category.
+
+    Images that cannot be read are left out, and told.
+    """
+    counts = Counter(item["category_id"] for items in split.annotations.values() for item in items)
+    order = sorted(split.categories, key=lambda category_id: -counts[category_id])
+    colors = {category_id: k for k, category_id in enumerate(order)}
+    kinds = [{a["category_id"] for a in split.annotations[image["id"]]} for image in split.images]
+    pictures, captions = [], []
+    for position in choose_examples(kinds):
+        image = split.images[position]
+        try:
+            pictures.append(draw_objects(split, image, colors))
+            captions.append(image["file_name"])
+        except DatasetError as error:
+            logger.warning("left out of the preview: %s", error)
+    bars = {split.phrase(key): (counts[key], colors[key]) for key in order if counts[key]}
+    absent = [key for key in order if not counts[key]]
+    if len(absent) > EMPTY_LISTED:
+        bars[f"{len(absent)} without an object"] = (0, 0)
+    else:
+        bars |= {split.phrase(key): (0, 0) for key in absent}
+    return draw_sheet(pictures, captions, bars)
+
+
+def draw_objects(split: CocoSplit, image: dict, colors: dict[int, int]) -> np.ndarray:
+    """One picture of a contact sheet: masks, or boxes of objects without one.
+
+    Of each category the largest object is named, with the number of all.
+    """
+    photo = to_cell(read_image(split.image_path(image)), SHEET_CELL)
+    height, width = photo.shape[:2]
+    items = sorted(split.annotations[image["id"]], key=lambda item: -item["area"])
+    number = Counter(item["category_id"] for item in items)
+    labels = []
+    for item in items:
+        count = number.pop(item["category_id"], 0)
+        times = f" \N{MULTIPLICATION SIGN}{count}" if count > 1 else ""
+        labels.append(f"{split.phrase(item['category_id'])}{times}" if count else "")
+
+    def mask_of(item: dict) -> np.ndarray:
+        if item["segmentation"] is None:
+            return np.zeros((height, width), dtype=bool)
+        mask = decode_mask(item["segmentation"], image["height"], image["width"])
+        return np.asarray(Image.fromarray(mask).resize((width, height)))
+
+    boxes = np.array([item["bbox"] for item in items]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes *= np.array([width / image["width"], height / image["height"]] * 2)
+    return draw_overlay(
+        photo,
+        (mask_of(item) for item in items),
+        boxes,
+        labels,
+        [colors[item["category_id"]] for item in items],
+        outlined=[item["segmentation"] is None for item in items],
+    )

@@ -1,0 +1,244 @@
+"""A mended copy: what is put right, what is said, and what is never touched."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import prepare_data
+from sam3_lora import coco
+from sam3_lora.coco import find_faults
+from sam3_lora.drawing import PALETTE
+from sam3_lora.repair import mend_split
+
+SQUARE = [[2, 2, 20, 2, 20, 20, 2, 20]]
+FLAT = [2, 2, 10, 10, 20, 20]
+
+
+def image(number, name, width=40, height=30) -> dict:
+    return {"id": number, "file_name": name, "width": width, "height": height}
+
+
+def row(number, bbox=(2, 2, 18, 18), segmentation=SQUARE, image_id=1, category_id=1) -> dict:
+    bbox = list(bbox) if bbox else bbox
+    found = {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox}
+    return found | {"segmentation": segmentation, "iscrowd": 0, "area": 1}
+
+
+def broken() -> dict:
+    """Every fault that can be mended, once or more."""
+    images = [image(1, "a.png"), image(2, "a.png"), image(3, "gone.png"), image(4, "text.png")]
+    images += [image(5, "link.png"), image(6, "../a.png"), image(7, "small.png", 90, 90)]
+    images += [image(8, "b.png", None)]
+    rows = [
+        row(1, image_id=2),
+        row(2, [-5, 2, 18, 18], []),
+        row(3, [2, 2, 0, 5], []),
+        row(4, [60, 2, 9, 5], []),
+        row(5, [2, 2, 0, 5]),
+        row(6, [12, 2, 18, 18]),
+        row(7, None),
+        row(7, [1, 2], []),
+        row(True, segmentation=[[1, 2, 3]]),
+        row(10, "box", [[1, 2, 3]]),
+        row(11, segmentation=[*SQUARE, FLAT]),
+        row(12, segmentation=[FLAT]),
+        row(13) | {"area": float("nan")},
+        row(14, segmentation={"size": [9, 9], "counts": "1"}),
+        row(15, image_id=99),
+        row(16, image_id=3),
+        row(17, category_id=99),
+        row(18, image_id=7),
+        row(19, image_id=8),
+    ]
+    return {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "car"}]}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """data/train, broken in every way that can be mended."""
+    folder = tmp_path / "data" / "train"
+    (folder / "images").mkdir(parents=True)
+    for name, size in (("a.png", (40, 30)), ("b.png", (40, 31)), ("small.png", (30, 30))):
+        Image.new("RGB", size).save(folder / "images" / name)
+    (folder / "images" / "text.png").write_text("text")
+    (folder / "images" / "._a.png").write_text("junk")
+    Image.new("RGB", (40, 30)).save(tmp_path / "secret.png")
+    (folder / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    return save(folder, broken())
+
+
+def save(folder: Path, content: dict) -> Path:
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return folder
+
+
+def fix(source: Path, target: Path, *more: str) -> int:
+    flags = ["validate", "--data_dir", str(source.parent), "--split", "train"]
+    return prepare_data.main([*flags, "--fix", str(target), *more])
+
+
+def content_of(folder: Path) -> dict:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}
+
+
+def test_what_can_be_mended_is(source, tmp_path, capsys):
+    before, beside = content_of(source), set(tmp_path.iterdir())
+    assert fix(source, tmp_path / "new") == 0
+    out = capsys.readouterr().out.split("mended copy ")[1]
+    assert content_of(source) == before
+    assert set(tmp_path.iterdir()) - beside == {tmp_path / "new"}
+    folder = tmp_path / "new" / "train"
+    names = {path.relative_to(folder).as_posix() for path in content_of(folder)}
+    assert names == {"annotations.json"} | {f"images/{n}.png" for n in ("a", "b", "small")}
+    assert [f for f in find_faults(*coco.find_split(folder)) if f.level == "error"] == []
+    for line in (
+        "4  images dropped: missing, unreadable or outside the folder",
+        "1  image rows merged with that of the same file",
+        "1  objects dropped: unknown image_id",
+        "1  objects dropped with their image",
+        "1  objects dropped: unknown category_id",
+        "1  objects dropped: no usable mask or box",
+        "1  objects dropped: a mask of no area",
+        "3  objects dropped: a box of no area inside the image",
+        "16  objects numbered anew",
+        "2  image sizes taken from the file",
+        "2  masks dropped that cannot be read, their box kept",
+        "1  masks without their parts of no area",
+        "1  boxes clipped to the image",
+        "2  boxes taken from the mask",
+        "1  junk files left out",
+    ):
+        assert f"  {line}\n" in out, line
+    assert out.endswith("errors 0, warnings 0\n")
+    split = coco.read_split(folder)
+    boxes = [item["bbox"] for item in split.annotations[1]]
+    assert boxes == [[2, 2, 18, 18], [0, 2, 13, 18], *[[2, 2, 18, 18]] * 7]
+    assert [(i["width"], i["height"]) for i in split.images] == [(40, 30), (30, 30), (40, 31)]
+    assert split.annotations[1][-2]["area"] == 324
+
+
+def test_a_copy_is_never_written_over_files(source, tmp_path, capsys):
+    assert fix(source, source.parent) == 2  # in place
+    assert "expected" in capsys.readouterr().err
+    assert fix(source, tmp_path / "new") == 0
+    before = content_of(tmp_path / "new")
+    assert fix(source, tmp_path / "new") == 2
+    assert content_of(tmp_path / "new") == before
+
+
+def test_what_cannot_be_mended_is_left_and_said(source, tmp_path, capsys):
+    content = broken()
+    content["images"][6] |= {"width": 25, "height": 25}  # smaller than its file
+    content["annotations"][-2] |= {"bbox": [2, 2, 30, 18], "segmentation": []}  # larger than it
+    content["categories"].append({"id": 2, "name": "Car"})
+    content["annotations"][0]["category_id"] = 2
+    save(source, content)
+    assert fix(source, tmp_path / "new") == 2
+    out = capsys.readouterr().out.split("mended copy ")[1]
+    assert "error: image size (1)\n" in out and "error: same prompt (1)\n" in out
+    assert "1  image sizes taken from the file\n" in out and "errors 2" in out
+
+
+def test_a_turned_photo_is_not_mended(tmp_path):
+    folder = tmp_path / "data" / "train"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (30, 40)).save(folder / "images" / "a.png")
+    content = broken() | {"images": [image(1, "a.png")], "annotations": [row(1)]}
+    found = coco.find_split(save(folder, content))
+    copy, done = mend_split(*found, find_faults(*found), tmp_path / "new", "train")
+    assert done == {} and coco.read_split(copy).images[0]["width"] == 40
+
+
+def test_a_copy_that_could_not_be_read_is_not_written(source, tmp_path, capsys):
+    save(source, broken() | {"categories": [{"id": 1, "name": ""}]})
+    assert fix(source, tmp_path / "new") == 2
+    err = capsys.readouterr().err
+    assert "cannot be mended, nothing was written: expected a category name" in err
+    assert not (tmp_path / "new").exists()
+    (source / "annotations.json").write_text("{")
+    assert fix(source, tmp_path / "new") == 2
+    assert "expected JSON in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [None, {}, 0, float("nan")])
+def test_an_image_whose_size_cannot_be_known(source, tmp_path, width, capsys):
+    content = broken()
+    content["images"][7]["width"] = width
+    content["annotations"][-1] |= {"segmentation": [[1, 1, 90, 1, 90, 9]], "bbox": None}
+    save(source, content)
+    assert fix(source, tmp_path / "new") == 2
+    assert "nothing was written: expected width in pixels, 1 to" in capsys.readouterr().err
+
+
+def test_json(source, tmp_path, capsys):
+    assert fix(source, tmp_path / "new", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["counts"] is None and report["errors"] > 15
+    fault = next(f for f in report["faults"] if f["kind"] == "unknown image_id")
+    assert fault["level"] == "error" and fault["id"] == "annotation 15"
+    assert fault["file"].endswith("annotations.json") and fault["message"] and fault["remedy"]
+    mended = report["mended"]
+    assert mended["done"]["boxes clipped to the image"] == 1 and mended["errors"] == 0
+    assert mended["counts"]["categories"] == {"car": 11}
+    shutil.rmtree(source)
+    shutil.copytree(tmp_path / "new" / "train", source)
+    flags = ["validate", "--data_dir", str(source.parent), "--json"]
+    assert prepare_data.main(flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["counts"] == mended["counts"] and report["faults"] == []
+
+
+def test_prompts_are_counted_by_a_tokenizer(source, tiny_model_dir, capsys):
+    content = {"images": [image(1, "a.png")], "annotations": [row(1)]}
+    save(source, content | {"categories": [{"id": 1, "name": "q" * 40}]})
+    flags = ["validate", "--data_dir", str(source.parent)]
+    prepare_data.main(flags)
+    assert "long prompt" not in capsys.readouterr().out  # one word, as far as one can tell
+    prepare_data.main([*flags, "--model_name", str(tiny_model_dir)])
+    assert f"the prompt '{'q' * 40}' has 42 tokens" in capsys.readouterr().out
+    assert prepare_data.main([*flags, "--model_name", str(source)]) == 2
+    assert "error: --model_name: " in capsys.readouterr().err
+
+
+def test_preview(source, tmp_path, capsys):
+    sheet = tmp_path / "sheets" / "train.png"
+    flags = ["validate", "--data_dir", str(source.parent), "--preview", str(sheet)]
+    assert prepare_data.main(flags) == 2
+    assert "its annotations cannot be read: mend the errors above" in capsys.readouterr().err
+    assert not sheet.exists()
+    assert fix(source, tmp_path / "new", "--preview", str(sheet)) == 0  # of the copy
+    assert sheet.exists()
+    images = [image(1, "a.png"), image(2, "text.png"), image(3, "small.png", 30, 30)]
+    rows = [row(1), row(2, segmentation=[]), row(3, category_id=2, image_id=3)]
+    names = [{"id": 1, "name": "car"}, {"id": 2, "name": "van"}, {"id": 3, "name": "bus"}]
+    save(source, {"images": images, "annotations": rows, "categories": names})
+    assert prepare_data.main(flags) == 2  # text.png
+    assert "left out of the preview: expected an image that PIL reads" in capsys.readouterr().err
+    with Image.open(sheet) as picture:
+        colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
+    assert set(PALETTE[:2]) <= colors and PALETTE[2] not in colors
+    assert list(sheet.parent.iterdir()) == [sheet]
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("annotations", "images", "counts"),
+    [
+        ("facade_test_roboflow_coco/test/_annotations.coco.json", None, (83, 2842)),
+        ("tinycoco/annotations/instances_train2017.json", "train2017", (32, 288)),
+        ("tinycoco/annotations/instances_val2017.json", "val2017", (6, 136)),
+    ],
+)
+def test_real_data_needs_no_mending(real_data, tmp_path, annotations, images, counts):
+    file = real_data / annotations
+    images_dir = real_data / "tinycoco" / "images" / images if images else file.parent
+    found = find_faults(file, images_dir)
+    assert {fault.level for fault in found} == {"warning"}
+    folder, done = mend_split(file, images_dir, found, tmp_path, "train")
+    assert done == {}
+    split = coco.read_split(folder)
+    assert (len(split.images), sum(map(len, split.annotations.values()))) == counts
+    assert prepare_data.preview(split).shape[2] == 3
