@@ -6,6 +6,7 @@ forward     our forward over SAM 3's sub-modules: every layer, masks on demand
 coco        reads, checks and writes COCO; polygons and RLE to and from masks
 faults      what can be wrong with a COCO file and its images
 formats     readers of other annotation formats, into COCO records
+shapes      what those readers find: shapes, classes, files, and their records
 dataset     image x prompts -> targets, negatives, transforms, collate_fn
 losses      matcher and criterion -> a dict of named losses
 metrics     box and mask AP, cgF1 and its factors, mask IoU

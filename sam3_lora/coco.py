@@ -41,11 +41,13 @@ from sam3_lora.faults import (
 
 # The checks are part of this module's interface: the other modules import them from here.
 __all__ = [
+    "IMAGE_ERRORS",
     "IMAGE_SUFFIXES",
     "CocoSplit",
     "DatasetError",
     "Fault",
     "check_prompts",
+    "clean_name",
     "decode_mask",
     "encode_mask",
     "find_faults",
