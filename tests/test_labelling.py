@@ -18,7 +18,7 @@ from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 
 WIDTH, HEIGHT = 80, 60
 NAMES = ["car", "person"]
-# Image -> its objects: class, box (x, y, width, height) or polygon. Objects of one kind an image.
+# Image -> its objects: class, box (x, y, width, height) or polygon.
 POLYGONS = {
     "a.jpg": [
         ("person", [10, 10, 50, 12, 44, 40, 12, 38]),
@@ -355,3 +355,146 @@ def test_via_projects_and_absent_images(photos, caplog):
         split = read_via(file, photos)
     assert [image["file_name"] for image in split.images] == ["a.jpg"]
     assert "skipped 1 of 2 images, which are not in" in caplog.text and "gone.png" in caplog.text
+
+
+SQUARE = [[1, 1], [9, 1], [9, 9]]
+LABELME_FAULTS = [
+    (shape("polygon", SQUARE[:2]), "a polygon of 3 points or more, found 2 .*a.json, shape 1.; dr"),
+    (shape("rectangle", SQUARE), "a rectangle of 2 points, found 3"),
+    (shape("rectangle", [[1, 5], [9, 5]]), "width and height > 0, found 1, 5 to 9, 5 .*; remove"),
+    (shape("rectangle", [[90, 5], [99, 9]]), "pixels inside the 80 x 60 image, found none"),
+    (shape("circle", [[5, 5], [5, 5]]), "a radius > 0, found 0"),
+    (shape("cuboid", SQUARE), "a polygon, rectangle, circle or mask, found 'cuboid'"),
+    (shape(["polygon"], SQUARE), "circle or mask, found .'polygon'."),
+    (shape("polygon", {"x": 1}), r"points as \[\[x, y\], ...\], found {'x': 1}"),
+    (shape("polygon", [[1, "a"], *SQUARE]), "y as a number, 100000 pixels at most, found 'a'"),
+    (shape("polygon", [[math.nan, 1], *SQUARE]), "x as a number, .* found 'nan'"),
+    (shape("polygon", [[10**400, 1], *SQUARE]), "x as a number, .* found '1000"),
+    (shape("polygon", [[None, 1], *SQUARE]), "expected x, found none"),
+    (shape("polygon", SQUARE, None), "the name of a class, found None .*; name the object"),
+    (shape("polygon", SQUARE, "cat"), "a class of car, person, found 'cat' .*; add it to --cl"),
+    (shape("mask", [[1, 1], [3, 3]]), "a mask, a PNG in base64, found"),
+    (shape("mask", [[1, 1], [3, 3]], mask="AAAA"), "a mask, a PNG in base64, found cannot"),
+    (shape("mask", [[1, 1], [3, 3]], mask=png(np.ones((2, 3)))), "fills 1, 1 to 3, 3, found 3 x 2"),
+    (shape("mask", [[-1, 0], [1, 2]], mask=png(np.ones((3, 3)))), "a mask that fills -1, 0"),
+    (shape("mask", [[1, 1], [3, 3]], mask=png(np.zeros((3, 3)))), "pixels inside .* found none"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), LABELME_FAULTS)
+def test_labelme_shapes_that_are_refused(photos, row, message):
+    write_labelme(photos, "a.jpg", [row])
+    with pytest.raises(DatasetError, match=message) as caught:
+        read_labelme(photos, NAMES)
+    assert "\n" not in str(caught.value) and "a.json, shape 1" in str(caught.value)
+
+
+VOC_FAULTS = [
+    (voc_object(None, 1, 1, 5, 5), "the name of a class, found None .*a.xml, object 1"),
+    ("<object><name>car</name></object>", "a bndbox, found none"),
+    (voc_object("car", 1, 1, 5), "expected ymax, found none"),
+    (voc_object("car", 9, 1, 5, 5), "xmin <= xmax and ymin <= ymax, found 9, 1 to 5, 5"),
+    (voc_object("car", 1, 1, "five", 5), "xmax as a number, .* found 'five'"),
+    (voc_object("car", 1, "NaN", 5, 5), "ymin as a number, .* found 'NaN'"),
+    (voc_object("car", 1, 1, "1e9", 5), "xmax as a number, 100000 pixels at most, found '1e9'"),
+    (voc_object("car", 100, 1, 120, 5), "pixels inside the 80 x 60 image, found none"),
+    (voc_object("cat", 1, 1, 5, 5), "a class of car, person, found 'cat'"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), VOC_FAULTS)
+def test_voc_objects_that_are_refused(photos, row, message):
+    write_voc(photos, "a", row)
+    with pytest.raises(DatasetError, match=message):
+        read_voc(photos, "train", NAMES)
+
+
+VIA_FAULTS = [
+    ({"name": "rect", "x": 1, "y": 1, "width": -5, "height": 3}, "a rect with .* found -5 x 3"),
+    ({"name": "rect", "x": 1, "y": 1, "width": 5}, "expected height, found none .*region 1"),
+    ({"name": "circle", "cx": 1, "cy": 1, "r": 0}, "a radius > 0, found 0"),
+    ({"name": "blob"}, "a rect, circle, ellipse, polygon, polyline or point, found 'blob'"),
+    ({"name": "polygon", "all_points_x": [1, 2], "all_points_y": [1]}, "y of one length, found"),
+    ({"name": "polygon", "all_points_x": [1, 2], "all_points_y": [1, 2]}, "3 points or more"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), VIA_FAULTS)
+def test_via_regions_that_are_refused(photos, row, message):
+    with pytest.raises(DatasetError, match=message):
+        via_objects(photos, {"shape_attributes": row, "region_attributes": {"k": "car"}})
+
+
+def test_via_classes_that_are_refused(photos):
+    region = via_region("car", [1, 1, 9, 9])
+    for value, message in (
+        ({"car": True, "person": True}, "one class in 'kind', found car, person .*; leave one"),
+        ("", "the name of a class, found ''"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            via_objects(photos, region, region | {"region_attributes": {"kind": value}})
+    with pytest.raises(DatasetError, match="attribute 'colour', found values of .'kind'."):
+        via_objects(photos, region, class_attribute="colour")
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "C:\\x.jpg", "a/..\\..\\x.jpg"])
+def test_file_names_that_leave_the_folder(photos, name):
+    file = write_via(photos, {name: []})
+    with pytest.raises(DatasetError, match="a file name inside --images_dir, found"):
+        read_via(file, photos, NAMES)
+    file.unlink()
+    write_voc(photos, "a", "", name)
+    with pytest.raises(DatasetError, match="a file name inside .*; write the name without folders"):
+        read_voc(photos, "train", NAMES)
+    # LabelMe writes such paths itself: the name alone is looked for, beside the JSON.
+    write_labelme(photos, "a.jpg", [], imagePath=f"{name}/../a.jpg")
+    assert read_labelme(photos, NAMES).images[0]["file_name"] == "a.jpg"
+
+
+def test_images_that_are_absent_or_several(photos, caplog):
+    write_labelme(photos, "gone.jpg", [shape("rectangle", [[1, 1], [5, 5]])])
+    with pytest.raises(DatasetError, match="expected images in .*, found none of 1: gone.jpg"):
+        read_labelme(photos)
+    write_labelme(photos, "a.jpg", [])
+    with caplog.at_level(logging.WARNING):
+        assert len(read_labelme(photos, NAMES).images) == 1
+    assert "skipped 1 of 2 images, which are not in" in caplog.text
+    assert "and their 1 objects: gone.jpg" in caplog.text
+    write_labelme(photos, "z.jpg", [], imagePath="a.jpg")
+    with pytest.raises(DatasetError, match="one annotation of .*a.jpg, found two .*; keep one"):
+        read_labelme(photos, NAMES)
+    write_labelme(photos, "z.jpg", [], imageData="AAAA")
+    with pytest.raises(DatasetError, match="the image z.jpg beside it, found it embedded .*; save"):
+        read_labelme(photos)
+    Image.new("RGB", (9, 9)).save(photos / "a.png")
+    write_voc(photos, "a", "", "other.bmp")
+    with pytest.raises(DatasetError, match=r"one image, found a.jpg, a.png \(.*a.xml\); keep one"):
+        read_voc(photos, "train")
+
+
+def test_sources_that_are_refused(photos):
+    for read, flag in ((read_voc, "--voc_dir"), (read_labelme, "--labelme_dir")):
+        more = ("train",) if read is read_voc else ()
+        with pytest.raises(DatasetError, match=f"the folder .*absent, found none; check {flag}"):
+            read(photos / "absent", *more)
+        with pytest.raises(DatasetError, match=f"files in .*, found none; check {flag}"):
+            read(photos, *more)
+    file = write_via(photos, {"a.jpg": []})
+    with pytest.raises(DatasetError, match="the folder .*absent, found none; check --images_dir"):
+        read_via(file, photos / "absent")
+    with pytest.raises(DatasetError, match="annotations, found No such file .*; check the path"):
+        read_via(photos / "absent.json", photos)
+    with pytest.raises(DatasetError, match="expected objects, found none .*--classes"):
+        read_via(file, photos)
+    for content in ({"images": [], "annotations": []}, 3, [{"filename": "a.jpg"}]):
+        file.write_text(json.dumps(content))
+        with pytest.raises(DatasetError, match="images with regions, as in VIA 1 and 2, found"):
+            read_via(file, photos)
+        with pytest.raises(DatasetError, match="a list of shapes, as in LabelMe, found none"):
+            read_labelme(photos)
+    write_via(photos, {"a.jpg": [{"shape_attributes": {}}]})
+    with pytest.raises(DatasetError, match="regions with shape_attributes and .*via.json, a.jpg"):
+        read_via(file, photos)
+    (photos / "a.xml").write_text("<html></html>")
+    with pytest.raises(DatasetError, match="<annotation> of Pascal VOC, found <html>"):
+        read_voc(photos, "train")
