@@ -10,7 +10,7 @@ image without an object, a negative.
 
 Pascal VOC (XML, boxes), LabelMe and VIA (JSON, shapes) name the class of each object. Images come
 in the order of their names, objects in that of their file; see `shapes.py` for what becomes of
-them. An image without an annotation file is not read: it may hold objects.
+them. An image without an annotation file is left out, with a warning: it may hold objects.
 """
 
 import logging
@@ -59,9 +59,9 @@ def read_yolo(yolo_dir: Path, split: str, class_names: list[str] | None = None) 
     description_file, description = _read_data_yaml(yolo_dir)
     names = _class_names(description, description_file, class_names, yolo_dir)
     images_dir, labels_dir = _yolo_folders(yolo_dir, split, description)
-    paths = [path for path in sorted(images_dir.rglob("*")) if shapes.is_image(path)]
     label_files = {
-        path: (labels_dir / path.relative_to(images_dir)).with_suffix(".txt") for path in paths
+        path: (labels_dir / path.relative_to(images_dir)).with_suffix(".txt")
+        for path in shapes.images_in(images_dir)
     }
     _check_labels(label_files, images_dir, labels_dir)
     records = {}
@@ -141,7 +141,7 @@ def _yolo_folders(yolo_dir: Path, split: str, description: dict) -> tuple[Path, 
     if flat.is_dir() and not any(child.is_dir() for child in flat.iterdir()):
         pairs.append((flat, yolo_dir / "labels"))
     for images_dir, labels_dir in pairs:
-        if images_dir.is_dir() and any(shapes.is_image(path) for path in images_dir.rglob("*")):
+        if images_dir.is_dir() and shapes.images_in(images_dir):
             return images_dir, labels_dir
     looked = ", ".join(
         dict.fromkeys(str(images_dir) for images_dir, _ in pairs if images_dir != flat)
@@ -250,8 +250,10 @@ def read_voc(voc_dir: Path, split: str, class_names: list[str] | None = None) ->
     xml_dir = xml_dir if xml_dir.is_dir() else voc_dir
     images_dir = images_dir if images_dir.is_dir() else xml_dir
     files = shapes.annotation_files(xml_dir, ".xml", "--voc_dir")
-    items = _voc_items(_voc_listed(files, voc_dir, xml_dir, split), xml_dir, images_dir)
-    return shapes.assemble(xml_dir, images_dir, items, class_names)
+    chosen, images = _voc_listed(files, voc_dir, xml_dir, split), shapes.images_in(images_dir)
+    items = _voc_items(chosen, xml_dir, images_dir, shapes.by_stem(images))
+    expected = images if len(chosen) == len(files) else ()
+    return shapes.assemble(xml_dir, images_dir, items, class_names, expected)
 
 
 def _voc_listed(files: list[Path], voc_dir: Path, xml_dir: Path, split: str) -> list[Path]:
@@ -277,9 +279,10 @@ def _voc_listed(files: list[Path], voc_dir: Path, xml_dir: Path, split: str) -> 
     return sorted(set(named))
 
 
-def _voc_items(files: list[Path], xml_dir: Path, images_dir: Path) -> Iterator[Item]:
+def _voc_items(
+    files: list[Path], xml_dir: Path, images_dir: Path, by_stem: dict[Path, list[Path]]
+) -> Iterator[Item]:
     """The images and objects of VOC files."""
-    by_stem = shapes.images_by_stem(images_dir)
     for file in files:
         root = shapes.read_xml(file)
         if root.tag != "annotation":
@@ -331,8 +334,9 @@ def read_labelme(labelme_dir: Path, class_names: list[str] | None = None) -> Coc
     """
     folder = Path(labelme_dir)
     files = shapes.annotation_files(folder, ".json", "--labelme_dir")
-    items = _labelme_items(files, shapes.images_by_stem(folder))
-    return shapes.assemble(folder, folder, items, class_names)
+    images = shapes.images_in(folder)
+    items = _labelme_items(files, shapes.by_stem(images))
+    return shapes.assemble(folder, folder, items, class_names, images)
 
 
 def _labelme_items(files: list[Path], by_stem: dict[Path, list[Path]]) -> Iterator[Item]:

@@ -59,7 +59,11 @@ def listed(names: list[str]) -> str:
 
 
 def assemble(
-    source: Path, images_dir: Path, items: Iterable[Item], class_names: list[str] | None
+    source: Path,
+    images_dir: Path,
+    items: Iterable[Item],
+    class_names: list[str] | None,
+    expected: Iterable[Path] = (),
 ) -> CocoSplit:
     """Returns the split of what a reader finds.
 
@@ -68,20 +72,21 @@ def assemble(
         images_dir: Holds the images.
         items: In any order.
         class_names: The categories in order; None takes those of the objects, sorted.
+        expected: Images that should be among the items.
 
     Returns:
         Images by path, their size that of the file. Absent images are skipped and counted in a
-        warning; another counts those whose annotation tells another size.
+        warning; others count those whose annotation tells another size, and those not annotated.
 
     Raises:
         DatasetError: No image, an image annotated twice, an object of another class, no class.
     """
     records: Records = {}
     missing: list[tuple[str, int]] = []
-    other_size, skipped = [], Counter()
+    other_size, kinds = [], Counter()
     for file, path, name, told, found in items:
         objects = [item for item in found if item[1]]
-        skipped.update(kind for kind, parts, _ in found if not parts)
+        kinds.update(kind for kind, parts, _ in found if not parts)
         if path is None:
             missing.append((name, len(objects)))
             continue
@@ -91,17 +96,28 @@ def assemble(
         if told and told != size:
             other_size.append(f"{name} is {size[0]} x {size[1]}, not {told[0]} x {told[1]}")
         records[path] = size, [_record(*item, size, class_names) for item in objects]
-    _report(source, images_dir, len(records), missing, other_size)
-    if skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
-        logger.warning("skipped shapes that enclose nothing: %s", kinds)
-    labels = {item["category_id"] for _, objects in records.values() for item in objects}
-    if not class_names and not labels:
+    _report_missing(source, images_dir, len(records), missing)
+    _warn("%d images differ in size from their annotation, check their objects: %s", other_size)
+    bare = [str(path) for path in expected if path not in records]
+    _warn("left out %d images without an annotation, which may hold objects: %s", bare)
+    skipped = [f"{count} {kind}" for kind, count in sorted(kinds.items())]
+    _warn("skipped shapes of %d kinds, which enclose nothing: %s", skipped)
+    categories = _number_categories(source, records, class_names)
+    return split_of(source, images_dir, records, categories)
+
+
+def _number_categories(
+    source: Path, records: Records, class_names: list[str] | None
+) -> dict[int, str]:
+    """Replaces the category's name of each record by its id; returns the categories."""
+    objects = [item for _, row in records.values() for item in row]
+    names = class_names or sorted({item["category_id"] for item in objects})
+    if not names:
         raise problem(source, "objects", "none", "name the categories with --classes")
-    ids = {name: number for number, name in enumerate(class_names or sorted(labels), start=1)}
-    for _, objects in records.values():
-        objects[:] = [item | {"category_id": ids[item["category_id"]]} for item in objects]
-    return split_of(source, images_dir, records, {number: name for name, number in ids.items()})
+    ids = {name: number for number, name in enumerate(names, start=1)}
+    for item in objects:
+        item["category_id"] = ids[item["category_id"]]
+    return {number: name for name, number in ids.items()}
 
 
 def _record(
@@ -118,14 +134,16 @@ def _record(
     return {"category_id": label} | geometry(parts, *size, where)
 
 
-def _report(
-    source: Path,
-    images_dir: Path,
-    present: int,
-    missing: list[tuple[str, int]],
-    other_size: list[str],
+def _warn(message: str, names: list[str]) -> None:
+    """Warns with the count of some names and the first of them, if there are any."""
+    if names:
+        logger.warning(message, len(names), listed(names))
+
+
+def _report_missing(
+    source: Path, images_dir: Path, present: int, missing: list[tuple[str, int]]
 ) -> None:
-    """Warns of images that are absent or of another size; refuses a source without any image."""
+    """Warns of images that are absent; refuses a source of which all are."""
     names = [name for name, _ in missing]
     if not present:
         found = f"none of {len(missing)}: {listed(names)}"
@@ -134,9 +152,6 @@ def _report(
         message = "skipped %d of %d images, which are not in %s, and their %d objects: %s"
         objects, total = sum(count for _, count in missing), len(missing) + present
         logger.warning(message, len(missing), total, images_dir, objects, listed(names))
-    if other_size:
-        message = "%d images differ in size from their annotation, check their objects: %s"
-        logger.warning(message, len(other_size), listed(other_size))
 
 
 def split_of(
@@ -355,16 +370,20 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def images_by_stem(images_dir: Path) -> dict[Path, list[Path]]:
-    """Returns the images of a folder by their path without the suffix."""
+def images_in(folder: Path) -> list[Path]:
+    """Returns the images of a folder, those of its sub-folders too, sorted."""
+    return [path for path in sorted(folder.rglob("*")) if is_image(path)]
+
+
+def by_stem(images: list[Path]) -> dict[Path, list[Path]]:
+    """Returns images by their path without the suffix."""
     table: dict[Path, list[Path]] = {}
-    for path in sorted(images_dir.rglob("*")):
-        if is_image(path):
-            table.setdefault(path.with_suffix(""), []).append(path)
+    for path in images:
+        table.setdefault(path.with_suffix(""), []).append(path)
     return table
 
 
-def image_of(by_stem: dict, folder: Path, name: str, file: Path) -> Path | None:
+def image_of(by_stem: dict[Path, list[Path]], folder: Path, name: str, file: Path) -> Path | None:
     """Returns the image that an annotation file names, else the one with the file's own stem.
 
     Raises:

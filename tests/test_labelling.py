@@ -261,8 +261,8 @@ def test_shapes_that_enclose_nothing_are_counted(photos, caplog):
         closed["shape_attributes"]["name"] = "polyline"
         file = write_via(photos, {"a.jpg": [line, point, closed]})
         assert len(read_via(file, photos).annotations[1]) == 1
-    assert "enclose nothing: 1 linestrip, 1 point" in caplog.text
-    assert "enclose nothing: 1 point, 1 polyline" in caplog.text
+    for kinds in ("1 linestrip, 1 point", "1 point, 1 polyline"):
+        assert f"skipped shapes of 2 kinds, which enclose nothing: {kinds}" in caplog.text
 
 
 def test_objects_are_clipped_to_the_image(photos):
@@ -304,8 +304,8 @@ def test_voc_splits(photos):
     assert len(read_voc(photos, "test").images) == 3  # no list: all
     (lists / "train.txt").write_text("c\r\na\r\n\r\n")
     (lists / "val.txt").write_text("b\n")
-    names = [[i["file_name"] for i in read_voc(photos, s).images] for s in ("train", "valid")]
-    assert names == [["a.jpg", "c.png"], ["b.png"]]
+    for split, names in (("train", ["a.jpg", "c.png"]), ("valid", ["b.png"])):
+        assert [image["file_name"] for image in read_voc(photos, split).images] == names
     with pytest.raises(DatasetError, match="ImageSets/Main/test.txt, found lists of train, val"):
         read_voc(photos, "test")
     (lists / "val.txt").write_text("b\n../../secret\n")
@@ -373,7 +373,6 @@ LABELME_FAULTS = [
     (shape("polygon", [[None, 1], *SQUARE]), "expected x, found none"),
     (shape("polygon", SQUARE, None), "the name of a class, found None .*; name the object"),
     (shape("polygon", SQUARE, "cat"), "a class of car, person, found 'cat' .*; add it to --cl"),
-    (shape("mask", [[1, 1], [3, 3]]), "a mask, a PNG in base64, found"),
     (shape("mask", [[1, 1], [3, 3]], mask="AAAA"), "a mask, a PNG in base64, found cannot"),
     (shape("mask", [[1, 1], [3, 3]], mask=png(np.ones((2, 3)))), "fills 1, 1 to 3, 3, found 3 x 2"),
     (shape("mask", [[-1, 0], [1, 2]], mask=png(np.ones((3, 3)))), "a mask that fills -1, 0"),
@@ -396,7 +395,6 @@ VOC_FAULTS = [
     (voc_object("car", 9, 1, 5, 5), "xmin <= xmax and ymin <= ymax, found 9, 1 to 5, 5"),
     (voc_object("car", 1, 1, "five", 5), "xmax as a number, .* found 'five'"),
     (voc_object("car", 1, "NaN", 5, 5), "ymin as a number, .* found 'NaN'"),
-    (voc_object("car", 1, 1, "1e9", 5), "xmax as a number, 100000 pixels at most, found '1e9'"),
     (voc_object("car", 100, 1, 120, 5), "pixels inside the 80 x 60 image, found none"),
     (voc_object("cat", 1, 1, 5, 5), "a class of car, person, found 'cat'"),
 ]
@@ -412,7 +410,6 @@ def test_voc_objects_that_are_refused(photos, row, message):
 VIA_FAULTS = [
     ({"name": "rect", "x": 1, "y": 1, "width": -5, "height": 3}, "a rect with .* found -5 x 3"),
     ({"name": "rect", "x": 1, "y": 1, "width": 5}, "expected height, found none .*region 1"),
-    ({"name": "circle", "cx": 1, "cy": 1, "r": 0}, "a radius > 0, found 0"),
     ({"name": "blob"}, "a rect, circle, ellipse, polygon, polyline or point, found 'blob'"),
     ({"name": "polygon", "all_points_x": [1, 2], "all_points_y": [1]}, "y of one length, found"),
     ({"name": "polygon", "all_points_x": [1, 2], "all_points_y": [1, 2]}, "3 points or more"),
@@ -460,6 +457,9 @@ def test_images_that_are_absent_or_several(photos, caplog):
         assert len(read_labelme(photos, NAMES).images) == 1
     assert "skipped 1 of 2 images, which are not in" in caplog.text
     assert "and their 1 objects: gone.jpg" in caplog.text
+    assert (
+        f"left out 2 images without an annotation, which may hold objects: {photos}" in caplog.text
+    )
     write_labelme(photos, "z.jpg", [], imagePath="a.jpg")
     with pytest.raises(DatasetError, match="one annotation of .*a.jpg, found two .*; keep one"):
         read_labelme(photos, NAMES)
