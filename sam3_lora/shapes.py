@@ -35,6 +35,7 @@ from sam3_lora.coco import (
 logger = logging.getLogger(__name__)
 
 FARTHEST = 1e5  # pixels; a coordinate beyond it is of no image
+POLYGON_POINTS = 10**5  # of an outline drawn pixel by pixel; more is a fault or an attack
 RING_POINTS = 72  # of the polygon of an ellipse: 99.9 % of its area
 XML_BYTES, JSON_BYTES = 2**24, 2**29  # a VIA file is a whole data set, LabelMe's hold an image
 NAMES_LISTED = 5
@@ -265,9 +266,9 @@ def mask(text: Any, left: int, top: int, right: int, bottom: int, where: str) ->
 
 
 def polygon(points: list[tuple[float, float]], where: str) -> Part:
-    """Returns the part of a polygon; raises DatasetError for fewer than 3 points."""
-    if len(points) < 3:
-        expected = "a polygon of 3 points or more"
+    """Returns the part of a polygon; raises DatasetError for fewer than 3 points, or too many."""
+    if not 3 <= len(points) <= POLYGON_POINTS:
+        expected = f"a polygon of 3 to {POLYGON_POINTS} points"
         raise problem(where, expected, str(len(points)), REDRAW)
     return "polygon", points
 

@@ -109,6 +109,11 @@ def test_clipping_keeps_the_mask(corners):
     assert (clipped ^ whole).sum() <= 0.02 * whole.sum() + 4 * len(corners) + 2 * (97 + 61) * 0.1
 
 
+def test_a_polygon_of_a_million_points_is_refused():
+    with pytest.raises(DatasetError, match="3 to 100000 points, found 1000000 .here.; draw"):
+        shapes.polygon([(1.0, 1.0)] * 10**6, "here")
+
+
 def test_an_ellipse_has_the_area_of_one():
     part = shapes.ellipse(50, 40, 30, 10, 0.5, "here")
     item = shapes.geometry([part], 100, 80, "here")
