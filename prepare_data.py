@@ -6,8 +6,8 @@ r"""Brings annotated images into the one layout that training reads, and checks 
     python prepare_data.py validate --data_dir data --split train
     python prepare_data.py demo --output_dir data/demo
 
-Also `yolo`, for YOLO boxes and polygons, and `masks`, for masks that are image files;
-`prepare_data.py yolo --help` lists its flags.
+Also `yolo`, `voc`, `labelme` and `via`, for those formats, and `masks`, for masks that are image
+files; `prepare_data.py via --help` lists the flags of one.
 
 Outputs: `<output_dir>/<split>/annotations.json` (COCO) and `<output_dir>/<split>/images/`, copies
 of the images; data/README.md describes both. A split is written whole or not at all. `validate`
@@ -39,7 +39,7 @@ from sam3_lora.coco import (
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.drawing import save_picture
-from sam3_lora.formats import read_yolo
+from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.overview import fault_report, json_report, preview, summary
 from sam3_lora.repair import mend_split
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     yolo = commands.add_parser("yolo", parents=[write], help="YOLO boxes or polygons")
     yolo.add_argument("--yolo_dir", type=Path, required=True, help="folder of images and labels")
     yolo.add_argument("--classes", help='names of class 0, 1, ... as "person,car"; else data.yaml')
+    add_labelling_tools(commands, write)
     add_masks_parser(commands, write)
     demo = commands.add_parser("demo", parents=[output], help="a drawn data set, for a first try")
     demo.add_argument(
@@ -147,6 +148,25 @@ def add_masks_parser(commands: argparse._SubParsersAction, write: argparse.Argum
     )
 
 
+def add_labelling_tools(
+    commands: argparse._SubParsersAction, write: argparse.ArgumentParser
+) -> None:
+    """Adds the commands of formats that name the class of each object."""
+    optional = argparse.ArgumentParser(add_help=False, parents=[write])
+    names = 'categories in order as "person,car"; else those of the objects, sorted by name'
+    optional.add_argument("--classes", help=names)
+    voc = commands.add_parser("voc", parents=[optional], help="Pascal VOC boxes")
+    folders = "folder of Annotations/ and JPEGImages/, or of XML files beside their images"
+    voc.add_argument("--voc_dir", type=Path, required=True, help=folders)
+    labelme = commands.add_parser("labelme", parents=[optional], help="LabelMe shapes")
+    folders = "folder of JSON files beside their images"
+    labelme.add_argument("--labelme_dir", type=Path, required=True, help=folders)
+    via = commands.add_parser("via", parents=[optional], help="VGG Image Annotator 1 or 2")
+    via.add_argument("--via_json", type=Path, required=True, help="export or project")
+    via.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
+    via.add_argument("--class_attribute", help="region attribute of the class; else the only one")
+
+
 def create_folders(output_dir: Path) -> None:
     """Makes train/, val/ and test/ with images/ in each; leaves what exists."""
     for split in ("train", "val", "test"):
@@ -184,7 +204,14 @@ def read_source(args: argparse.Namespace) -> CocoSplit:
             pattern=args.pattern,
             void=None if args.void is None else [v.strip() for v in args.void.split(",")],
         )
-    return read_yolo(args.yolo_dir, args.split, class_names(args.classes))
+    names = class_names(args.classes)
+    if args.command == "voc":
+        return read_voc(args.voc_dir, args.split, names)
+    if args.command == "labelme":
+        return read_labelme(args.labelme_dir, names)
+    if args.command == "via":
+        return read_via(args.via_json, args.images_dir, names, args.class_attribute)
+    return read_yolo(args.yolo_dir, args.split, names)
 
 
 def class_names(text: str | None) -> list[str] | None:

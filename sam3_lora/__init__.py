@@ -9,6 +9,7 @@ geometry    polygons, RLE and boxes as numbers: what is unusable, where they lie
 repair      mends a split, into a copy
 overview    a split at a glance: counts, faults, a contact sheet
 formats     readers of other annotation formats, into COCO records
+shapes      what those readers find: shapes, classes, files, and their records
 mask_images  reader of masks that are image files, into COCO records
 tiles       crowded photos cut into tiles
 dataset     image x prompts -> targets, negatives, transforms, collate_fn

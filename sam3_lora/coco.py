@@ -48,6 +48,7 @@ __all__ = [
     "DatasetError",
     "Fault",
     "check_prompts",
+    "clean_name",
     "decode_mask",
     "encode_mask",
     "find_faults",

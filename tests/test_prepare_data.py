@@ -1,6 +1,7 @@
 """The commands of prepare_data.py: what they write, print, refuse and return."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -257,3 +258,76 @@ def test_demo_draws_three_splits_that_validate(task, tmp_path, monkeypatch, caps
     assert "--overwrite" in capsys.readouterr().err
     assert prepare_data.main([*flags, "--overwrite"]) == 0
     assert (tmp_path / "val" / "annotations.json").read_bytes() == before
+
+
+def test_tools_that_name_classes(raw, capsys):
+    (raw / "images" / "a.xml").write_text(
+        "<annotation><object><name>car</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax>"
+        "<ymax>9</ymax></bndbox></object></annotation>"
+    )
+    shape = {"label": "car", "shape_type": "rectangle", "points": [[0, 0], [9, 9]]}
+    (raw / "images" / "a.json").write_text(json.dumps({"shapes": [shape]}))
+    rect = {"name": "rect", "x": 0, "y": 0, "width": 9, "height": 9}
+    region = {"shape_attributes": rect, "region_attributes": {"kind": "car", "note": "x"}}
+    (raw / "via.json").write_text(json.dumps([{"filename": "a.png", "regions": [region]}]))
+    images, out = str(raw / "images"), ["--output_dir", str(raw.parent / "data"), "--overwrite"]
+    via = ["via", "--via_json", str(raw / "via.json"), "--images_dir", images]
+    assert prepare_data.main([*via, *out]) == 2
+    assert "found kind, note" in capsys.readouterr().err
+    results = []
+    for command in (
+        ["voc", "--voc_dir", images],
+        ["labelme", "--labelme_dir", images],
+        [*via, "--class_attribute", "kind"],
+    ):
+        assert prepare_data.main([*command, *out, "--classes", "bottle_cap,car"]) == 0
+        results.append(written(raw))
+        assert validate(raw) == 0
+        assert prepare_data.main([*command, *out, "--classes", "truck"]) == 2
+        assert "a class of truck, found 'car'" in capsys.readouterr().err
+    assert results[0] == results[1] == results[2]
+    assert results[0]["annotations"][0]["category_id"] == 2
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("flags", "split", "images", "objects"),
+    [
+        (["voc", "--voc_dir", "bccd_voc_boxes"], "train", 205, 2805),
+        (["voc", "--voc_dir", "bccd_voc_boxes"], "val", 87, 1138),
+        (["voc", "--voc_dir", "bccd_voc_boxes"], "test", 72, 945),
+        (["via", "--via_json", "{}/via_region_data.json", "--images_dir", "{}"], "train", 49, 78),
+        (["via", "--via_json", "{}/via_region_data.json", "--images_dir", "{}"], "val", 15, 19),
+    ],
+)
+def test_real_data(real_data, tmp_path, flags, split, images, objects, capsys):
+    paths = [word.format(f"car_scratch_via/{split}") for word in flags[2::2]]
+    named = zip(flags[1::2], paths, strict=True)
+    source = [word for flag, path in named for word in (flag, str(real_data / path))]
+    place = ["--split", split]
+    command = [flags[0], *source, *place, "--output_dir", str(tmp_path)]
+    assert prepare_data.main(command) == 0
+    assert prepare_data.main(["validate", *place, "--data_dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"images      {images} (" in out and f"objects     {objects} (" in out
+
+
+@pytest.mark.real_data
+def test_real_labelme(real_data, tmp_path, caplog):
+    source = real_data / "sahi_terrain_coco"
+    labelme = tmp_path / "labelme"
+    labelme.mkdir()
+    # Two photos, of which one has another suffix than its JSON says, and the JSON of an absent one.
+    for name in ("terrain1.json", "terrain1.jpg", "terrain2.json", "terrain2.png", "terrain3.json"):
+        shutil.copyfile(source / name, labelme / name)
+    command = ["labelme", "--labelme_dir", str(labelme), "--output_dir", str(tmp_path / "data")]
+    assert prepare_data.main(command) == 0
+    assert prepare_data.main(["validate", "--data_dir", str(tmp_path / "data")]) == 0
+    assert "skipped 1 of 3 images" in caplog.text and "10 objects: terrain3.png" in caplog.text
+    split = coco.read_split(tmp_path / "data" / "train")
+    wanted = coco.read_coco(source / "combined_coco.json", source)
+    assert [image["file_name"] for image in split.images] == ["terrain1.jpg", "terrain2.png"]
+    assert [len(rows) for rows in split.annotations.values()] == [7, 5]
+    for found, rows in zip(split.annotations.values(), wanted.annotations.values(), strict=True):
+        for a, b in zip(found, rows, strict=True):  # boxes, in whole pixels there
+            assert a["bbox"] == pytest.approx(b["bbox"], abs=1.5)
