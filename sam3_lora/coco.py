@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
-from tqdm import tqdm
 
 from sam3_lora.faults import (
     IMAGE_ERRORS,
@@ -40,6 +38,7 @@ from sam3_lora.faults import (
     mask_problem,
     phrase_of,
     positions_by_id,
+    progress,
     record_faults,
     segmentation_of,
 )
@@ -460,8 +459,7 @@ def _sources(split: CocoSplit) -> dict[str, Path]:
 def _fill(folder: Path, split: CocoSplit, link: bool) -> bool:
     """Makes a split's folder: the images, then annotations.json; returns whether linking works."""
     (folder / "images").mkdir(parents=True)
-    sources = _sources(split).items()
-    for name, source in tqdm(sources, "images", disable=not sys.stderr.isatty()):
+    for name, source in progress(_sources(split).items(), "images"):
         copy = folder / "images" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -469,7 +467,7 @@ def _fill(folder: Path, split: CocoSplit, link: bool) -> bool:
         except OSError as error:
             if not link:
                 raise
-            logger.warning("copied, not linked: a hard link of %s fails (%s)", source, error)
+            logger.warning("copied, not linked: no hard link of %s (%s)", source, error.strerror)
             link = False
             shutil.copyfile(source, copy)
     with (folder / "annotations.json").open("w", encoding="utf-8", newline="") as stream:

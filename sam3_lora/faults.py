@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
+from tqdm import tqdm
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 # Pixels a box may pass the image's edge: annotation tools round corners to whole pixels.
@@ -78,6 +79,12 @@ def find_faults(annotations_file: Path, images_dir: Path) -> list[Fault]:
     return [*record_faults(payload, file), *_disk_faults(payload, images_dir, file)]
 
 
+def progress(rows: Iterable, what: str, total: int | None = None) -> Iterable:
+    """Returns the rows under a progress bar: none off a terminal, nor for less than a second."""
+    off = not sys.stderr.isatty()
+    return tqdm(rows, what, total, delay=1, leave=False, disable=off)
+
+
 def check_prompts(prompts: Any, names: Iterable[str]) -> None:
     """Raises DatasetError unless `prompts` maps names of categories to phrases."""
     names = sorted(set(names))
@@ -110,7 +117,7 @@ def record_faults(payload: dict[str, Any], file: Path) -> Iterator[Fault]:
     image_at = positions_by_id(payload["images"])
     category_at = positions_by_id(kept_categories(payload))
     used_images, used_categories = set(), set()
-    for row in payload["annotations"]:
+    for row in progress(payload["annotations"], "annotations"):
         image = find_position(image_at, row.get("image_id"))
         category = find_position(category_at, row.get("category_id"))
         used_images.add(image)
@@ -280,7 +287,8 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
     names = [(row, clean_name(row.get("file_name"))) for row in payload["images"]]
     rows = [(row, images_dir / name) for row, name in names if name is not None]
     with ThreadPoolExecutor() as pool:
-        for faults in pool.map(lambda pair: list(_file_faults(*pair)), rows):
+        found = pool.map(lambda pair: list(_file_faults(*pair)), rows)
+        for faults in progress(found, "images", len(rows)):
             yield from faults
     listed = {path for _, path in rows}
     unlisted = 0
