@@ -4,24 +4,28 @@ r"""Brings annotated images into the one layout that training reads, and checks 
     python prepare_data.py coco --coco_json annotations.json --images_dir images/ \
         --output_dir data --split train
     python prepare_data.py validate --data_dir data --split train
+    python prepare_data.py split --data_dir data/all --output_dir data --fractions 0.8,0.1,0.1
     python prepare_data.py demo --output_dir data/demo
 
 Also `yolo`, `voc`, `labelme` and `via`, for those formats, and `masks`, for masks that are image
 files; `prepare_data.py via --help` lists the flags of one.
 
 Outputs: `<output_dir>/<split>/annotations.json` (COCO) and `<output_dir>/<split>/images/`, copies
-of the images; data/README.md describes both. A split is written whole or not at all. `validate`
-prints a summary and the faults, and exits with 2 if one of them is an error; it leaves the split as
-it is: `--fix DIR` writes a mended copy, `--preview PNG` a picture.
+of the images or, with `--link`, hard links; data/README.md describes both. A split is written whole
+or not at all, and left as it is where it already holds the same. `validate` prints a summary and
+the faults, and exits with 2 if one of them is an error; it leaves the split as it is: `--fix DIR`
+writes a mended copy, `--preview PNG` a picture.
 """
 
 import argparse
 import dataclasses
 import json
 import logging
+import math
+import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,11 +35,10 @@ from sam3_lora.coco import (
     check_prompts,
     find_faults,
     find_split,
-    outside_links,
     read_coco,
     read_split,
     split_dir,
-    write_split,
+    write_splits,
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.drawing import save_picture
@@ -61,13 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     split = argparse.ArgumentParser(add_help=False)
     split.add_argument("--split", choices=SPLITS, default="train", help="default: train")
-    write = argparse.ArgumentParser(add_help=False, parents=[output, split])
+    place = argparse.ArgumentParser(add_help=False, parents=[output])
+    place.add_argument("--link", action="store_true", help="hard-link images instead of copying")
+    place.add_argument("--overwrite", action="store_true", help="replace a split that has files")
+    write = argparse.ArgumentParser(add_help=False, parents=[place, split])
     write.add_argument(
         "--prompts",
         metavar="JSON",
         help='phrases for category names, {"name": "phrase"}, or a file that holds them',
     )
-    write.add_argument("--overwrite", action="store_true", help="replace a split that has files")
 
     commands.add_parser("create", parents=[output], help="make the empty folders")
     coco = commands.add_parser("coco", parents=[write], help="COCO or Roboflow COCO")
@@ -78,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     yolo.add_argument("--classes", help='names of class 0, 1, ... as "person,car"; else data.yaml')
     add_labelling_tools(commands, write)
     add_masks_parser(commands, write)
+    add_split_parser(commands, place)
     demo = commands.add_parser("demo", parents=[output], help="a drawn data set, for a first try")
     demo.add_argument(
         "--task",
@@ -146,6 +152,18 @@ def add_masks_parser(commands: argparse._SubParsersAction, write: argparse.Argum
         metavar="VALUES",
         help='values or colours that are no class, as "255,0" (default: 255 of kind index)',
     )
+
+
+def add_split_parser(commands: argparse._SubParsersAction, place: argparse.ArgumentParser) -> None:
+    """Adds the subcommand `split`."""
+    divide = commands.add_parser("split", parents=[place], help="divide a split by image")
+    divide.add_argument("--data_dir", type=Path, required=True, help="folder of the whole split")
+    divide.add_argument(
+        "--fractions",
+        default="0.8,0.1,0.1",
+        help="of the images for train,val,test; 0 leaves one out (default: 0.8,0.1,0.1)",
+    )
+    divide.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
 
 
 def add_labelling_tools(
@@ -263,16 +281,6 @@ def skip_missing(source: CocoSplit) -> CocoSplit:
     return dataclasses.replace(source, images=kept, annotations=annotations)
 
 
-def refuse_links(source: CocoSplit) -> None:
-    """Raises DatasetError where images are links to files outside their folder: copies of those
-    would bring into the data what is not of it."""
-    names = [image["file_name"] for image in source.images]
-    if links := outside_links(source.images_dir, names):
-        found = f"{len(links)} of {len(names)} are links to files outside it, the first {links[0]}"
-        message = f"expected the images in {source.images_dir}, found {found}"
-        raise DatasetError(f"{message} to {links[0].resolve()}; put the files in their place")
-
-
 def read_prompts(text: str | None, source: CocoSplit) -> dict[str, str]:
     """Returns the source's prompts, with those of `--prompts` (JSON, or a file of it) over them."""
     if text is None:
@@ -298,24 +306,89 @@ def read_json(flag: str, text: str, form: str) -> Any:
 def convert(args: argparse.Namespace) -> None:
     """Reads the source, writes the split and prints what it holds."""
     source = read_source(args)
-    refuse_links(source)
-    prompts = read_prompts(args.prompts, source)
-    folder = write_split(
-        args.output_dir,
-        args.split,
-        source.images,
-        source.annotations,
-        source.categories,
-        prompts,
-        images_dir=source.images_dir,
-        overwrite=args.overwrite,
-    )
-    sys.stdout.write(f"{folder}\n{summary(dataclasses.replace(source, prompts=prompts))}")
+    source = dataclasses.replace(source, prompts=read_prompts(args.prompts, source))
+    write_and_report({args.split: source}, args)
     logger.info(
         "check it with: python prepare_data.py validate --data_dir %s --split %s",
         args.output_dir,
         args.split,
     )
+
+
+def write_and_report(splits: Mapping[str, CocoSplit], args: argparse.Namespace) -> None:
+    """Writes splits and prints what each holds."""
+    folders = write_splits(args.output_dir, splits, overwrite=args.overwrite, link=args.link)
+    for folder, split in zip(folders, splits.values(), strict=True):
+        sys.stdout.write(f"{folder}\n{summary(split)}")
+
+
+def read_fractions(text: str) -> dict[str, float]:
+    """Returns the fraction of each split of `--fractions 0.8,0.1,0.1`, without those of 0."""
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != 3 or not min(values) >= 0 or not math.isclose(sum(values), 1, abs_tol=1e-6):
+        found = f"expected --fractions for train,val,test, from 0 and with sum 1, found {text!r}"
+        raise DatasetError(f"{found}; write such as 0.8,0.1,0.1")
+    pairs = zip(("train", "val", "test"), values, strict=True)
+    return {name: value for name, value in pairs if value > 0}
+
+
+def divide_names(
+    labels: Mapping[str, Collection[int]], fractions: Mapping[str, float], seed: int
+) -> dict[str, str]:
+    """Divides names so that each label's share in a split is near the split's fraction.
+
+    Iterative stratification: the names of the rarest label first, each to the split that lacks most
+    of that label, of equal ones to that which lacks most names. Source: Sechidis, Tsoumakas and
+    Vlahavas, On the Stratification of Multi-Label Data (2011), algorithm 1.
+
+    Args:
+        labels: Name -> its labels; their order does not matter.
+        fractions: Split -> fraction of the names, above 0.
+        seed: Of the order in which the names of a label are taken.
+
+    Returns:
+        Name -> split, for every name.
+    """
+    names = sorted(labels)
+    random.Random(seed).shuffle(names)
+    count = Counter(label for name in names for label in set(labels[name]))
+    # Of each label, and under None of all names: how many a split still lacks.
+    count[None] = len(names)
+    lacks = {s: {key: f * number for key, number in count.items()} for s, f in fractions.items()}
+    chosen: dict[str, str] = {}
+    while left := [name for name in names if name not in chosen]:
+        number = Counter(label for name in left for label in set(labels[name]))
+        rarest = min(number, key=lambda label: (number[label], label), default=None)
+        for name in left:
+            if rarest is None or rarest in labels[name]:
+                chosen[name] = max(fractions, key=lambda s: (lacks[s][rarest], lacks[s][None]))
+                for key in {None, *labels[name]}:
+                    lacks[chosen[name]][key] -= 1
+    return chosen
+
+
+def divide_split(args: argparse.Namespace) -> None:
+    """Divides an annotated split by image, and writes all parts or none."""
+    fractions = read_fractions(args.fractions)
+    source = read_split(args.data_dir)
+    labels: dict[str, set[int]] = {}
+    for image in source.images:
+        found = (item["category_id"] for item in source.annotations[image["id"]])
+        labels.setdefault(image["file_name"], set()).update(found)
+    chosen = divide_names(labels, fractions, args.seed)
+    empty = sorted(set(fractions) - set(chosen.values()))
+    if empty:
+        found = f"expected an image for each split, found none of {len(labels)} for {empty[0]}"
+        raise DatasetError(f"{found}; raise its part of --fractions {args.fractions}, or make it 0")
+    parts = {}
+    for split in fractions:
+        images = [image for image in source.images if chosen[image["file_name"]] == split]
+        annotations = {image["id"]: source.annotations[image["id"]] for image in images}
+        parts[split] = dataclasses.replace(source, images=images, annotations=annotations)
+    write_and_report(parts, args)
 
 
 def validate(args: argparse.Namespace) -> int:
@@ -378,6 +451,8 @@ def main(argv: list[str] | None = None) -> int:
         write_demo(args.output_dir, args.task, args.seed, args.overwrite)
     elif args.command == "validate":
         return validate(args)
+    elif args.command == "split":
+        divide_split(args)
     else:
         convert(args)
     return 0

@@ -5,6 +5,7 @@ model       loads SAM 3; device, precision, train and eval modes
 forward     our forward over SAM 3's sub-modules: every layer, masks on demand
 coco        reads, checks and writes COCO; polygons and RLE to and from masks
 faults      what can be wrong with a COCO file and its images
+images      image files: size, pixels, which are refused
 geometry    polygons, RLE and boxes as numbers: what is unusable, where they lie
 repair      mends a split, into a copy
 overview    a split at a glance: counts, faults, a contact sheet

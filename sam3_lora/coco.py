@@ -7,38 +7,36 @@ pixels of the image as shown, that is after its EXIF rotation.
 """
 
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 
 from sam3_lora.faults import (
-    IMAGE_ERRORS,
-    IMAGE_SUFFIXES,
-    DatasetError,
     Fault,
     check_prompts,
     clean_name,
     find_faults,
     find_position,
     id_key,
-    image_size,
     kept_categories,
     load_json,
-    outside_links,
     phrase_of,
     positions_by_id,
+    progress,
     record_faults,
-    refuse_bomb,
 )
 from sam3_lora.geometry import mask_problem, segmentation_of
+from sam3_lora.images import IMAGE_ERRORS, IMAGE_SUFFIXES, DatasetError, image_size, read_image
 
 # The checks are part of this module's interface: the other modules import them from here.
 __all__ = [
@@ -56,18 +54,20 @@ __all__ = [
     "image_size",
     "mask_area",
     "mask_iou",
-    "outside_links",
     "read_coco",
     "read_image",
     "read_split",
     "sibling_val",
     "split_dir",
     "to_rle",
-    "write_split",
+    "write_splits",
 ]
 
+logger = logging.getLogger(__name__)
+
 SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
-UINT16_TO_UINT8 = 257  # 65535 / 255
+
+ENDS = ("new", "old")  # of the folders beside a split while it is written
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def find_split(path: Path) -> tuple[Path, Path]:
             return path / name, path / images
     wanted = "annotations.json with images/ or _annotations.coco.json with the images beside it"
     found = "no such folder" if not path.is_dir() else _contents(path)
-    inside = [child for child in _folders(path) if _annotation_file(child)]
+    children = sorted(path.iterdir()) if path.is_dir() else []
+    inside = [child for child in children if _annotation_file(child)]
     remedy = f"name one split, such as {inside[0]}" if inside else "run prepare_data.py first"
     if path.is_file():
         found, remedy = "a file", f"name its folder {path.parent}"
@@ -142,11 +143,6 @@ def find_split(path: Path) -> tuple[Path, Path]:
 def _annotation_file(folder: Path) -> Path | None:
     """The annotation file of a split folder, if it has one."""
     return next((folder / n for n, _ in SPLIT_LAYOUTS if (folder / n).is_file()), None)
-
-
-def _folders(path: Path) -> list[Path]:
-    """The folders in a folder, sorted; none where it is absent."""
-    return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
 
 
 def _contents(path: Path) -> str:
@@ -198,6 +194,7 @@ def read_coco(
         image = images[find_position(image_at, row["image_id"])]
         category_id = category_ids[find_position(category_at, row["category_id"])]
         annotations[image["id"]].append(_annotation(row, number, category_id, image))
+        row.clear()  # a million rows beside their records would not fit the memory
     names = [row["name"] for row in category_rows]
     return CocoSplit(
         annotations_file=annotations_file,
@@ -291,49 +288,8 @@ def mask_iou(a: Sequence[dict], b: Sequence[dict]) -> np.ndarray:
     return np.asarray(mask_utils.iou(list(a), list(b), [0] * len(b)))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Reads an image as it is shown, after EXIF rotation, with alpha dropped.
-
-    Returns:
-        RGB, uint8 (height, width, 3). 16-bit grey is divided by 257; 32-bit and float grey are
-        stretched from their least to their largest finite value.
-
-    Raises:
-        DatasetError: Not an image that PIL reads, cut short, or too large to be one.
-    """
-    try:
-        with Image.open(path) as image:
-            refuse_bomb(image)
-            # PIL before 11 opens 16-bit PNG in mode I; exif_transpose forgets the format.
-            is_uint16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
-            return _to_rgb(ImageOps.exif_transpose(image), is_uint16)
-    except IMAGE_ERRORS as error:
-        message = f"expected an image that PIL reads, found {path} ({error})"
-        raise DatasetError(f"{message}; replace the file or remove it from the data") from error
-
-
-def _to_rgb(image: Image.Image, is_uint16: bool) -> np.ndarray:
-    """The pixels of an image of any mode as uint8 (height, width, 3)."""
-    if is_uint16:
-        grey = np.asarray(image).astype(np.float32) / UINT16_TO_UINT8
-    elif image.mode in ("I", "F"):
-        values = np.asarray(image).astype(np.float64)
-        finite = values[np.isfinite(values)]
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-        grey = (values - low) / max(high - low, np.finfo(np.float64).tiny) * 255
-    else:
-        if image.mode == "P":  # straight to RGB, PIL warns of a palette with transparency
-            image = image.convert("RGBA")
-        return np.array(image.convert("RGB"))
-    return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
-
-
 def check_images(split: CocoSplit) -> None:
     """Looks at every image's header, so that a fault shows before a run and not in its middle.
-
-    Args:
-        split: As read.
 
     Raises:
         DatasetError: Images are missing, are no images, or have another size than the file says.
@@ -360,96 +316,145 @@ def check_images(split: CocoSplit) -> None:
         raise DatasetError(f"{message}; `python prepare_data.py validate` lists them all")
 
 
-def write_split(
+def write_splits(
     output_dir: Path,
-    split: str,
-    images: Sequence[Mapping[str, Any]],
-    annotations: Mapping[int, Sequence[Mapping[str, Any]]],
-    categories: Mapping[int, str],
-    prompts: Mapping[str, str] | None = None,
+    splits: Mapping[str, CocoSplit],
     *,
-    images_dir: Path,
     overwrite: bool = False,
-) -> Path:
-    """Writes `output_dir/split`: annotations.json and copies of the images, all or nothing.
+    link: bool = False,
+) -> list[Path]:
+    """Writes `output_dir/<split>` of each: annotations.json and the images, all or nothing.
+
+    A split that already holds just that is left as it is. What a killed run left beside the splits
+    is removed. Annotations are numbered 1, 2, ... image by image.
 
     Args:
         output_dir: The data folder.
-        split: `train`, `val` or `test`.
-        images: As in `CocoSplit`; so are `annotations`, `categories` and `prompts`. Annotations
-            are numbered 1, 2, ... image by image.
-        images_dir: Where the images' `file_name` are now.
-        overwrite: Whether a split that holds files is replaced.
+        splits: `train`, `val` or `test` -> records.
+        overwrite: Whether splits that hold files are replaced.
+        link: Whether images are hard links; they are copies where the file system refuses.
 
     Returns:
-        The folder written.
+        The folders of the splits, in their order.
 
     Raises:
-        DatasetError: The split holds files, or `images_dir` lies in it; nothing is changed.
+        DatasetError: A split holds other files or its own source; a source image is absent, or a
+            link to a file outside its folder. Nothing is changed.
     """
-    check_prompts(prompts or {}, categories.values())
-    target = split_dir(output_dir, split)
-    _refuse_target(target, Path(images_dir), overwrite)
+    _clear_leftovers(Path(output_dir))
+    targets = {split_dir(output_dir, name): records for name, records in splits.items()}
+    todo = {t: r for t, r in targets.items() if not _is_there(t, r, overwrite)}
     # Beside the target, so that os.replace stays within one file system.
-    building = target.parent / f".{target.name}.{os.getpid()}.new"
-    replaced = building.with_suffix(".old")
+    new, old = ({t: t.parent / f".{t.name}.{os.getpid()}.{end}" for t in todo} for end in ENDS)
+    swapped = []
     try:
-        payload = _coco_payload(images, annotations, categories, prompts or {})
-        _fill(building, payload, Path(images_dir))
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(building, target)
+        for target, records in todo.items():
+            link = _fill(new[target], records, link)
+        for target in todo:
+            if target.exists():
+                os.replace(target, old[target])
+            os.replace(new[target], target)
+            swapped.append(target)
     finally:
-        if replaced.exists() and not target.exists():
-            os.replace(replaced, target)
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-    return target
+        for target in swapped if len(swapped) < len(todo) else ():
+            os.replace(target, new[target])
+        _clear_leftovers(Path(output_dir))
+    return list(targets)
 
 
-def _refuse_target(target: Path, images_dir: Path, overwrite: bool) -> None:
-    """Raises DatasetError where writing to `target` would lose or mix files."""
-    if images_dir.resolve().is_relative_to(target.resolve()):
-        message = f"expected the source images outside {target}, found them in {images_dir}"
+def _clear_leftovers(output_dir: Path) -> None:
+    """Removes what this and killed runs built beside the splits; puts back what they moved away."""
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        match = re.fullmatch(rf"\.(\w+)\.(\d{{1,9}})\.({'|'.join(ENDS)})", path.name)
+        if match and not _is_running(int(match[2])):
+            if match[3] == "old" and not (output_dir / match[1]).exists():
+                os.replace(path, output_dir / match[1])
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another process has this id; on Windows always, where os.kill would interrupt it."""
+    try:
+        if pid != os.getpid() and os.name != "nt":
+            os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return pid != os.getpid()
+
+
+def _is_there(target: Path, split: CocoSplit, overwrite: bool) -> bool:
+    """Whether `target` holds just what would be written; raises where writing would lose files."""
+    check_prompts(split.prompts, split.categories.values())
+    if split.images_dir.resolve().is_relative_to(target.resolve()):
+        message = f"expected the source images outside {target}, found them in {split.images_dir}"
         raise DatasetError(f"{message}; the split is written as a whole: move them elsewhere")
     if target.is_file():
         raise DatasetError(f"expected a folder at {target}, found a file; move it")
-    holds = target.is_dir() and any(
-        path.is_file() and path.name != ".gitkeep" for path in target.rglob("*")
-    )
-    if holds and not overwrite:
-        message = f"expected {target} to be absent or empty, found {_contents(target)}"
-        raise DatasetError(f"{message}; pass --overwrite to replace it or write elsewhere")
+    found = {path for path in target.rglob("*") if path.name != ".gitkeep" and path.is_file()}
+    if overwrite or not found:
+        return False
+    file = target / "annotations.json"
+    images = {target / "images" / name: source for name, source in _sources(split).items()}
+    if found == {file, *images}:
+        with file.open(encoding="utf-8", errors="replace", newline="") as stream:
+            same = all(stream.read(len(text)) == text for text in _json_text(split))
+            same = same and not stream.read(1)
+        if same and all(os.path.samefile(a, b) or cmp(a, b, False) for a, b in images.items()):
+            logger.info("%s is already there, with the same content", target)
+            return True
+    message = f"expected {target} to be absent, empty or of this source, found {_contents(target)}"
+    raise DatasetError(f"{message}; pass --overwrite to replace it or write elsewhere")
 
 
-def _fill(folder: Path, payload: dict[str, Any], images_dir: Path) -> None:
-    """Makes a split's folder: copies the images, then writes annotations.json."""
+def _sources(split: CocoSplit) -> dict[str, Path]:
+    """Name -> file of the images, links followed; raises where one is not in the images folder."""
+    root = split.images_dir.resolve()
+    sources = {image["file_name"]: split.image_path(image).resolve() for image in split.images}
+    for name, source in sources.items():
+        if not source.is_relative_to(root) or not source.is_file():
+            found = "none" if source.is_relative_to(root) else f"a link to {source}"
+            message = f"expected an image file at {split.images_dir / name}, found {found}"
+            raise DatasetError(f"{message}; put the file itself there")
+    return sources
+
+
+def _fill(folder: Path, split: CocoSplit, link: bool) -> bool:
+    """Makes a split's folder: the images, then annotations.json; returns whether linking works."""
     (folder / "images").mkdir(parents=True)
-    for image in payload["images"]:
-        copy = folder / "images" / image["file_name"]
+    for name, source in progress(_sources(split).items(), "images"):
+        copy = folder / "images" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(images_dir / image["file_name"], copy)
-    with (folder / "annotations.json").open("w", encoding="utf-8") as stream:
-        json.dump(payload, stream, ensure_ascii=False, allow_nan=False)
+        try:
+            (os.link if link else shutil.copyfile)(source, copy)
+        except OSError as error:
+            if not link:
+                raise
+            logger.warning("copied, not linked: no hard link of %s (%s)", source, error.strerror)
+            link = False
+            shutil.copyfile(source, copy)
+    with (folder / "annotations.json").open("w", encoding="utf-8", newline="") as stream:
+        stream.writelines(_json_text(split))
         stream.flush()
         os.fsync(stream.fileno())
+    return link
 
 
-def _coco_payload(
-    images: Sequence[Mapping[str, Any]],
-    annotations: Mapping[int, Sequence[Mapping[str, Any]]],
-    categories: Mapping[int, str],
-    prompts: Mapping[str, str],
-) -> dict[str, Any]:
-    """The records as the content of a COCO file."""
-    rows = []
-    for image in images:
-        for annotation in annotations[image["id"]]:
-            row = {**annotation, "id": len(rows) + 1, "image_id": image["id"]}
-            rows.append(row | {"segmentation": annotation["segmentation"] or []})
-    return {
-        "images": [dict(image) for image in images],
-        "annotations": rows,
-        "categories": [{"id": key, "name": name} for key, name in categories.items()],
-        "prompts": dict(prompts),
+def _json_text(split: CocoSplit) -> Iterator[str]:
+    """The pieces of annotations.json, a row a line: the whole as one text would fill the memory."""
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    keys = (image["id"] for image in split.images)
+    objects = enumerate(((key, item) for key in keys for item in split.annotations[key]), start=1)
+    tables = {
+        "images": split.images,
+        "annotations": (
+            item | {"id": number, "image_id": key, "segmentation": item["segmentation"] or []}
+            for number, (key, item) in objects
+        ),
+        "categories": ({"id": key, "name": name} for key, name in split.categories.items()),
     }
+    for key, rows in tables.items():
+        yield f'{"{" if key == "images" else ","}\n"{key}": ['
+        for position, row in enumerate(rows):
+            yield f"{',' if position else ''}\n{encode(row)}"
+        yield "\n]"
+    yield f',\n"prompts": {encode(split.prompts)}\n}}\n'

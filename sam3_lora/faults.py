@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import re
-import struct
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import Image
+from tqdm import tqdm
 
 from sam3_lora.geometry import (
     COORDINATE_LIMIT,
@@ -26,30 +27,16 @@ from sam3_lora.geometry import (
     is_finite,
     shown,
 )
+from sam3_lora.images import IMAGE_ERRORS, IMAGE_SUFFIXES, DatasetError, image_size
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 QUERY_LIMIT = 200  # objects that the model finds of one prompt in an image
 TOKEN_LIMIT = 32  # of a prompt, its start and end included; Meta's text encoder cuts the rest
+ID_WANTED = "a whole number under 2^63 or a text"
 IMBALANCE = 10  # objects of the largest category for one of the smallest; above, a warning
 ID_LIMIT = 2**63  # ids are kept as 64-bit integers
 NAME_BYTES = 255  # of a file or folder; more cannot be on a disk
 # In a file's name: control characters, and halves of a character pair, which no encoding has.
 UNSAFE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
-# PIL's plugins raise these on broken files, SyntaxError and struct.error included.
-IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-ID_WANTED = "a whole number under 2^63 or a text"
-EXIF_SWAPS_SIDES = (5, 6, 7, 8)  # values of the EXIF tag Orientation that turn by 90 degrees
-
-
-class DatasetError(ValueError):
-    """Data that cannot be used: what was expected, what was found, what to do."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +88,12 @@ def find_faults(
     ]
 
 
+def progress(rows: Iterable, what: str, total: int | None = None) -> Iterable:
+    """Returns the rows under a progress bar: none off a terminal, nor for less than a second."""
+    off = not sys.stderr.isatty()
+    return tqdm(rows, what, total, delay=1, leave=False, disable=off)
+
+
 def check_prompts(prompts: Any, names: Iterable[str]) -> None:
     """Raises DatasetError unless `prompts` maps names of categories to phrases."""
     names = sorted(set(names))
@@ -136,7 +129,7 @@ def record_faults(payload: dict[str, Any], file: Path, thorough: bool = False) -
     image_at = positions_by_id(payload["images"])
     category_at = positions_by_id(kept_categories(payload))
     used_images, used_categories, suspects = set(), set(), []
-    for row in payload["annotations"]:
+    for row in progress(payload["annotations"], "annotations"):
         image = find_position(image_at, row.get("image_id"))
         category = find_position(category_at, row.get("category_id"))
         used_images.add(image)
@@ -310,7 +303,8 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
     names = [(row, clean_name(row.get("file_name"))) for row in payload["images"]]
     rows = [(row, images_dir / name) for row, name in names if name is not None]
     with ThreadPoolExecutor() as pool:
-        for faults in pool.map(lambda pair: list(_file_faults(*pair)), rows):
+        found = pool.map(lambda pair: list(_file_faults(*pair)), rows)
+        for faults in progress(found, "images", len(rows)):
             yield from faults
     listed = {path for _, path in rows}
     unlisted = 0
@@ -469,28 +463,3 @@ def clean_name(raw: Any) -> str | None:
     if max((len(part.encode()) for part in name.parts), default=0) > NAME_BYTES:
         return None
     return None if not name.name or name.is_absolute() or ".." in name.parts else str(name)
-
-
-def refuse_bomb(image: Image.Image) -> None:
-    """Raises DecompressionBombError where PIL warns; it refuses only images of twice as much."""
-    if image.width * image.height > PIXEL_LIMIT:
-        found = f"{image.width} x {image.height}"
-        message = f"{found} pixels, at most {PIXEL_LIMIT} are read: cut it into tiles"
-        raise Image.DecompressionBombError(message)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Returns (width, height) in pixels as shown, after EXIF rotation; reads the header only.
-
-    Raises:
-        DatasetError: Not an image that PIL reads.
-    """
-    try:
-        with Image.open(path) as image:
-            refuse_bomb(image)
-            # The base class's getexif: that of PNG would decode the whole image first.
-            turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-            return image.size[::-1] if turn in EXIF_SWAPS_SIDES else image.size
-    except IMAGE_ERRORS as error:
-        message = f"expected an image that PIL reads, found {path} ({error})"
-        raise DatasetError(f"{message}; replace the file") from error

@@ -1,4 +1,4 @@
-"""Readers of annotation formats other than COCO; each returns a `CocoSplit` for `write_split`.
+"""Readers of annotation formats other than COCO; each returns a `CocoSplit` for `write_splits`.
 
 YOLO labels are one text file an image, one object a line, in fractions of the image's sides:
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3_lora.coco import DatasetError, Fault, image_size, read_coco, write_split
+from sam3_lora.coco import DatasetError, Fault, image_size, read_coco, write_splits
 from sam3_lora.faults import (
     clean_name,
     find_position,
@@ -67,8 +67,7 @@ def mend_split(
         mended = read_coco(annotations_file, images_dir, payload)
     except DatasetError as error:
         raise DatasetError(f"cannot be mended, nothing was written: {error}") from error
-    records = mended.images, mended.annotations, mended.categories, mended.prompts
-    folder = write_split(output_dir, split, *records, images_dir=images_dir)
+    (folder,) = write_splits(output_dir, {split: mended})
     return folder, {words: count for words, count in done.items() if count}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3_lora.coco import encode_mask, write_split
+from sam3_lora.coco import CocoSplit, encode_mask, write_splits
 
 # Side of a written scene, pixels: twice the demo model's canvas, so that pictures can be looked at.
 SIDE = 224
@@ -296,7 +296,7 @@ def write_scenes(
     categories: list[str],
     overwrite: bool = False,
 ) -> Path:
-    """Writes scenes as a split of a COCO data set; see `coco.write_split`.
+    """Writes scenes as a split of a COCO data set; see `coco.write_splits`.
 
     Args:
         output_dir: the data folder.
@@ -306,7 +306,7 @@ def write_scenes(
         overwrite: replace a split that holds files.
 
     Raises:
-        DatasetError: the split holds files; nothing is changed.
+        DatasetError: the split holds other files; nothing is changed.
     """
     ids = {name: number for number, name in enumerate(categories, start=1)}
     images, annotations = [], {}
@@ -323,10 +323,8 @@ def write_scenes(
                 if phrase in ids
             ]
         by_id = {number: name for name, number in ids.items()}
-        return write_split(
-            output_dir, split, images, annotations, by_id,
-            images_dir=Path(drawn), overwrite=overwrite,
-        )  # fmt: skip
+        source = CocoSplit(Path(drawn), Path(drawn), images, annotations, by_id, {})
+        return write_splits(output_dir, {split: source}, overwrite=overwrite)[0]
 
 
 def to_annotation(mask: np.ndarray) -> dict[str, Any]:

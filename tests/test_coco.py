@@ -405,8 +405,7 @@ def masks_of(split: coco.CocoSplit) -> list[dict]:
 
 
 def write_again(split: coco.CocoSplit, output_dir: Path, **options) -> Path:
-    records = split.images, split.annotations, split.categories, split.prompts
-    return coco.write_split(output_dir, "train", *records, images_dir=split.images_dir, **options)
+    return coco.write_splits(output_dir, {"train": split}, **options)[0]
 
 
 def test_coco_in_coco_out(tmp_path):
@@ -423,32 +422,6 @@ def test_coco_in_coco_out(tmp_path):
     iou = coco.mask_iou(masks_of(source), masks_of(back))
     assert len(iou) == 3 and np.diag(iou).min() >= 0.98
     assert faults_of(folder) == []
-
-
-def test_write_is_all_or_nothing(tmp_path):
-    source = coco.read_split(write(tmp_path / "in", payload()))
-    (tmp_path / "out" / "train" / "images").mkdir(parents=True)  # as `create` leaves it
-    folder = write_again(source, tmp_path / "out")
-    (folder / "mine.txt").write_text("kept")
-    with pytest.raises(
-        DatasetError, match="absent or empty, found annotations.json, .*--overwrite"
-    ):
-        write_again(source, tmp_path / "out")
-    (source.images_dir / "sub" / "b.png").unlink()
-    with pytest.raises(FileNotFoundError):
-        write_again(source, tmp_path / "out", overwrite=True)
-    assert (folder / "mine.txt").is_file()
-    Image.new("RGB", (WIDTH, HEIGHT)).save(source.images_dir / "sub" / "b.png")
-    write_again(source, tmp_path / "out", overwrite=True)
-    assert not (folder / "mine.txt").exists()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
-
-
-def test_write_never_replaces_its_own_source(tmp_path):
-    source = coco.read_split(write(tmp_path / "data" / "train", payload()))
-    with pytest.raises(DatasetError, match="expected the source images outside"):
-        write_again(source, tmp_path / "data", overwrite=True)
-    assert (tmp_path / "data" / "train" / "images" / "a.png").is_file()
 
 
 @pytest.mark.real_data

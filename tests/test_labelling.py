@@ -173,15 +173,7 @@ def test_boxes_are_those_of_coco(photos, reader):
     split = reader(photos, BOXES)
     assert comparable(split) == comparable(wanted)
     assert all(item["segmentation"] is None for rows in split.annotations.values() for item in rows)
-    folder = coco.write_split(
-        photos / "data",
-        "train",
-        split.images,
-        split.annotations,
-        split.categories,
-        {},
-        images_dir=split.images_dir,
-    )
+    (folder,) = coco.write_splits(photos / "data", {"train": split})
     faults = coco.find_faults(*coco.find_split(folder))
     assert [fault for fault in faults if fault.level == "error"] == []
 

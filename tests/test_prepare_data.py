@@ -85,11 +85,13 @@ def test_sub_folders_are_kept(raw):
     assert validate(raw) == 0
 
 
-def test_a_filled_split_is_refused(raw, capsys):
+def test_a_split_is_replaced_only_when_asked(raw, capsys):
     assert prepare_data.main(coco_command(raw)) == 0
     file = raw.parent / "data" / "train" / "annotations.json"
     before = file.stat()
-    assert prepare_data.main(coco_command(raw)) == 2
+    assert prepare_data.main(coco_command(raw)) == 0
+    assert "data/train is already there, with the same content" in capsys.readouterr().err
+    assert prepare_data.main(coco_command(raw, "--prompts", '{"car": "van"}')) == 2
     assert "error: expected" in capsys.readouterr().err
     assert file.stat() == before
     assert prepare_data.main(coco_command(raw, "--overwrite")) == 0
@@ -241,7 +243,15 @@ def test_command_line(capsys):
         text=True,
         check=True,
     )
-    for flag in ("--yolo_dir", "--classes", "--output_dir", "--split", "--prompts", "--overwrite"):
+    for flag in (
+        "--yolo_dir",
+        "--classes",
+        "--output_dir",
+        "--split",
+        "--prompts",
+        "--link",
+        "--overwrite",
+    ):
         assert flag in run.stdout
 
 
@@ -254,8 +264,9 @@ def test_demo_draws_three_splits_that_validate(task, tmp_path, monkeypatch, caps
     for split in ("train", "val", "test"):
         assert prepare_data.main(["validate", "--data_dir", str(tmp_path), "--split", split]) == 0
     before = (tmp_path / "val" / "annotations.json").read_bytes()
-    assert prepare_data.main(flags) == 2  # nothing is replaced unasked
+    assert prepare_data.main([*flags[:-1], "4"]) == 2  # nothing is replaced unasked
     assert "--overwrite" in capsys.readouterr().err
+    assert prepare_data.main(flags) == 0  # already there
     assert prepare_data.main([*flags, "--overwrite"]) == 0
     assert (tmp_path / "val" / "annotations.json").read_bytes() == before
 

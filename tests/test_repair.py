@@ -124,8 +124,10 @@ def test_a_copy_is_never_written_over_files(source, tmp_path, capsys):
     assert fix(source, source.parent) == 2  # in place
     assert "expected" in capsys.readouterr().err
     assert fix(source, tmp_path / "new") == 0
+    (tmp_path / "new" / "train" / "notes.txt").write_text("mine")
     before = content_of(tmp_path / "new")
     assert fix(source, tmp_path / "new") == 2
+    assert "found annotations.json, images, notes.txt; pass --overwrite" in capsys.readouterr().err
     assert content_of(tmp_path / "new") == before
 
 

@@ -1,0 +1,89 @@
+"""Image files: their size, their pixels, and which of them are refused."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from sam3_lora.geometry import PIXEL_LIMIT
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+# PIL's plugins raise these on broken files, SyntaxError and struct.error included.
+IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+EXIF_SWAPS_SIDES = (5, 6, 7, 8)  # values of the EXIF tag Orientation that turn by 90 degrees
+UINT16_TO_UINT8 = 257  # 65535 / 255
+
+
+class DatasetError(ValueError):
+    """Data that cannot be used: what was expected, what was found, what to do."""
+
+
+def refuse_bomb(image: Image.Image) -> None:
+    """Raises DecompressionBombError where PIL warns; it refuses only images of twice as much."""
+    if image.width * image.height > PIXEL_LIMIT:
+        found = f"{image.width} x {image.height}"
+        message = f"{found} pixels, at most {PIXEL_LIMIT} are read: cut it into tiles"
+        raise Image.DecompressionBombError(message)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Returns (width, height) in pixels as shown, after EXIF rotation; reads the header only.
+
+    Raises:
+        DatasetError: Not an image that PIL reads.
+    """
+    try:
+        with Image.open(path) as image:
+            refuse_bomb(image)
+            # The base class's getexif: that of PNG would decode the whole image first.
+            turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+            return image.size[::-1] if turn in EXIF_SWAPS_SIDES else image.size
+    except IMAGE_ERRORS as error:
+        message = f"expected an image that PIL reads, found {path} ({error})"
+        raise DatasetError(f"{message}; replace the file") from error
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads an image as it is shown, after EXIF rotation, with alpha dropped.
+
+    Returns:
+        RGB, uint8 (height, width, 3). 16-bit grey is divided by 257; 32-bit and float grey are
+        stretched from their least to their largest finite value.
+
+    Raises:
+        DatasetError: Not an image that PIL reads, cut short, or too large to be one.
+    """
+    try:
+        with Image.open(path) as image:
+            refuse_bomb(image)
+            # PIL before 11 opens 16-bit PNG in mode I; exif_transpose forgets the format.
+            is_uint16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+            return _to_rgb(ImageOps.exif_transpose(image), is_uint16)
+    except IMAGE_ERRORS as error:
+        message = f"expected an image that PIL reads, found {path} ({error})"
+        raise DatasetError(f"{message}; replace the file or remove it from the data") from error
+
+
+def _to_rgb(image: Image.Image, is_uint16: bool) -> np.ndarray:
+    """The pixels of an image of any mode as uint8 (height, width, 3)."""
+    if is_uint16:
+        grey = np.asarray(image).astype(np.float32) / UINT16_TO_UINT8
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image).astype(np.float64)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+        grey = (values - low) / max(high - low, np.finfo(np.float64).tiny) * 255
+    else:
+        if image.mode == "P":  # straight to RGB, PIL warns of a palette with transparency
+            image = image.convert("RGBA")
+        return np.array(image.convert("RGB"))
+    return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
