@@ -31,7 +31,7 @@ from sam3_lora.scenes import DEFECTS, demo_split, write_scenes
 
 BASE = "demo/sam3_tiny"
 LORA = LoRAConfig(rank=8, alpha=16, components=("vision_encoder", "detr_encoder", "detr_decoder"))
-STEPS, BATCH_SIZE, PROMPTS, LEARNING_RATE = 25, 8, 4, 2e-3
+STEPS, BATCH_SIZE, PROMPTS, LEARNING_RATE = 42, 5, 4, 4e-3
 
 
 def adapt_and_train(data: Path, output_dir: Path) -> Path:
