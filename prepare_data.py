@@ -142,6 +142,12 @@ def add_masks_parser(commands: argparse._SubParsersAction, write: argparse.Argum
         help="index, colour: all pixels of a class are one object, else each connected part is",
     )
     masks.add_argument(
+        "--min_pixels",
+        type=int,
+        default=1,
+        help="index, colour: connected parts of fewer are left out (default: 1)",
+    )
+    masks.add_argument(
         "--pattern",
         default="{stem}",
         help='mask file of photo {stem}.jpg, such as "{stem}_mask.png", or photo and mask, such '
@@ -219,6 +225,7 @@ def read_source(args: argparse.Namespace) -> CocoSplit:
             classes,
             args.kind,
             whole=args.whole,
+            min_pixels=args.min_pixels,
             pattern=args.pattern,
             void=None if args.void is None else [v.strip() for v in args.void.split(",")],
         )

@@ -55,8 +55,8 @@ def read_image(path: Path) -> np.ndarray:
     """Reads an image as it is shown, after EXIF rotation, with alpha dropped.
 
     Returns:
-        RGB, uint8 (height, width, 3). 16-bit grey is divided by 257; 32-bit and float grey are
-        stretched from their least to their largest finite value.
+        RGB, uint8 (height, width, 3). 16-bit grey is divided by 257, unless no value is over 255;
+        32-bit and float grey are stretched from their least to their largest finite value.
 
     Raises:
         DatasetError: Not an image that PIL reads, cut short, or too large to be one.
@@ -75,7 +75,9 @@ def read_image(path: Path) -> np.ndarray:
 def _to_rgb(image: Image.Image, is_uint16: bool) -> np.ndarray:
     """The pixels of an image of any mode as uint8 (height, width, 3)."""
     if is_uint16:
-        grey = np.asarray(image).astype(np.float32) / UINT16_TO_UINT8
+        grey = np.asarray(image).astype(np.float32)
+        # Microscopes write 8-bit values into 16-bit files.
+        grey = grey / UINT16_TO_UINT8 if grey.max(initial=0) > 255 else grey
     elif image.mode in ("I", "F"):
         values = np.asarray(image).astype(np.float64)
         finite = values[np.isfinite(values)]

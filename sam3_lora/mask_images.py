@@ -39,9 +39,7 @@ from sam3_lora.coco import (
 logger = logging.getLogger(__name__)
 
 KINDS = ("index", "colour", "instance", "object")
-# Connected parts of fewer pixels are slips of a brush or of a resize: dropped, and reported. An
-# object with a value or a file of its own is kept whatever its size.
-MIN_PART_PIXELS = 4
+SPECK = 4  # pixels; a connected part of fewer is most often the slip of a brush or of a resize
 EIGHT_NEIGHBOURS = np.ones((3, 3))
 VOID = 255  # of index masks, as in Pascal VOC and Cityscapes
 WORKERS = min(8, os.cpu_count() or 1)  # each takes 0.4 GB for a mask of 12 megapixels
@@ -61,6 +59,7 @@ def read_masks(
     kind: str | None = None,
     *,
     whole: bool = False,
+    min_pixels: int = 1,
     pattern: str = "{stem}",
     void: Sequence[str] | None = None,
 ) -> CocoSplit:
@@ -73,6 +72,7 @@ def read_masks(
             the first is "background", which is no class. A colour may be `[r, g, b]`.
         kind: One of `KINDS`; None where `classes` leave no doubt.
         whole: Whether all pixels of a class are one object (`index`, `colour`).
+        min_pixels: Connected parts of fewer are left out, with a warning (`index`, `colour`).
         pattern: See above.
         void: Values or `#rrggbb` without a class; None is 255 for `index`, none for the others.
 
@@ -89,7 +89,8 @@ def read_masks(
     pairs = _pairs(images_dir, masks_dir, pattern, names)
     images, annotations, rest, next_id = [], {}, Counter(), 1
     with ThreadPoolExecutor(WORKERS) as pool:
-        read = partial(_read_photo, images_dir, kind, table, ignored, whole)
+        least = 0 if whole else min_pixels
+        read = partial(_read_photo, images_dir, kind, table, ignored, least)
         results = zip(pairs, pool.map(read, pairs.items()), strict=True)
         for number, (file_name, ((width, height), objects, left)) in enumerate(results, start=1):
             images.append({"id": number, "file_name": file_name, "width": width, "height": height})
@@ -105,7 +106,7 @@ def _read_photo(
     kind: str,
     table: dict[int, int],
     ignored: set[int],
-    whole: bool,
+    least: int,
     pair: tuple[str, list[tuple[Path, int]]],
 ) -> tuple[tuple[int, int], list[dict], Counter]:
     """The size of a photo, its objects without ids, and what `_report` tells of its masks."""
@@ -114,7 +115,7 @@ def _read_photo(
     for path, category_id in pair[1]:
         values = _read_values(path, kind, size, photo)
         if kind in ("index", "colour"):
-            objects += _class_parts(values, table, ignored, whole, rest)
+            objects += _class_parts(values, table, ignored, least, rest)
         else:
             objects += _value_objects(values, category_id, ignored, path, kind)
     return size, objects, rest
@@ -377,18 +378,20 @@ def _as_values(pixels: np.ndarray, kind: str, path: Path) -> np.ndarray:
 
 
 def _class_parts(
-    values: np.ndarray, table: dict[int, int], ignored: set[int], whole: bool, rest: Counter
+    values: np.ndarray, table: dict[int, int], ignored: set[int], least: int, rest: Counter
 ) -> list[dict]:
-    """The objects of a mask of classes; counts in `rest` what has no name and small parts."""
+    """The objects of a mask of classes, whole classes for `least` 0; counts the rest in `rest`."""
     objects = []
     for value, count in zip(*np.unique(values, return_counts=True), strict=True):
         if int(value) in table:
             pixels = values == value
             labels = pixels.astype(np.int32)
-            if not whole:
+            if least:
                 labels = ndimage.label(pixels, EIGHT_NEIGHBOURS)[0]
-            kept = np.bincount(labels.ravel()) >= (1 if whole else MIN_PART_PIXELS)
-            rest["small"] += int((~kept[1:]).sum())
+            sizes = np.bincount(labels.ravel())
+            kept = sizes >= least
+            rest["left out"] += int((~kept[1:]).sum())
+            rest["specks"] += int((sizes[1:] < SPECK).sum()) if least else 0
             objects += _records(labels, kept & (np.arange(kept.size) > 0), table[int(value)])
         elif value != 0 and int(value) not in ignored:
             rest[int(value)] += int(count)
@@ -435,12 +438,12 @@ def _records(labels: np.ndarray, kept: np.ndarray, category_id: int) -> list[dic
 
 def _report(rest: Counter, objects: int, masks_dir: Path, kind: str, ignored: set[int]) -> None:
     """Warns of small parts; raises where values have no name, or where there is no object."""
-    small = rest.pop("small", 0)
-    if small:
-        message = (
-            "left out %d parts of classes under %d pixels; --whole keeps them, one object a class"
-        )
-        logger.warning(message, small, MIN_PART_PIXELS)
+    left_out, specks = rest.pop("left out", 0), rest.pop("specks", 0)
+    if left_out:
+        logger.warning("left out %d parts of classes, under --min_pixels", left_out)
+    elif specks:
+        message = "%d parts of classes have under %d pixels; --min_pixels %d leaves such out"
+        logger.warning(message, specks, SPECK, SPECK)
     if rest:
         listed = [f"{_shown(v, kind)} ({rest[v]} pixels)" for v in sorted(rest)[:VALUES_LISTED]]
         more = ", ..." if len(rest) > VALUES_LISTED else ""

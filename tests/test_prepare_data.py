@@ -259,6 +259,7 @@ def test_command_line(capsys):
 def test_demo_draws_three_splits_that_validate(task, tmp_path, monkeypatch, capsys):
     for split in scenes.IMAGES:
         monkeypatch.setitem(scenes.IMAGES, split, 4)
+    monkeypatch.setattr(scenes, "REPLAYED", 4)
     flags = ["demo", "--output_dir", str(tmp_path), "--task", task, "--seed", "3"]
     assert prepare_data.main(flags) == 0
     for split in ("train", "val", "test"):
