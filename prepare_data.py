@@ -408,7 +408,7 @@ def validate(args: argparse.Namespace) -> int:
     count_tokens = token_counter(args.model_name)
     faults = find_faults(annotations_file, images_dir, count_tokens)
     fatal = any(fault.fatal for fault in faults)
-    split = None if fatal else read_coco(annotations_file, images_dir)
+    split = None if fatal else read_coco(annotations_file, images_dir, checked=True)
     if args.json:
         report = json_report(annotations_file, split, faults)
     else:

@@ -157,13 +157,17 @@ def read_split(path: Path) -> CocoSplit:
 
 
 def read_coco(
-    annotations_file: Path, images_dir: Path, payload: dict[str, Any] | None = None
+    annotations_file: Path,
+    images_dir: Path,
+    payload: dict[str, Any] | None = None,
+    checked: bool = False,
 ) -> CocoSplit:
     """Reads a COCO file, or its content if that is given, without opening an image.
 
     Ids that are not unique ints from 1 are numbered from 1 in file order. A category with id 0
     that no annotation uses is a Roboflow root and is dropped. A box or area that is missing is
     taken from the mask. A box outside the image or without area is kept: `find_faults` names it.
+    `checked` says that `find_faults` has just found nothing fatal: the checks are not made again.
 
     Raises:
         DatasetError: Broken JSON, no images or categories, a missing key, an unknown id, a box or
@@ -171,23 +175,14 @@ def read_coco(
     """
     annotations_file, images_dir = Path(annotations_file), Path(images_dir)
     payload = load_json(annotations_file) if payload is None else payload
-    fatal = [fault for fault in record_faults(payload, annotations_file) if fault.fatal]
-    if fatal:
+    faults = () if checked else record_faults(payload, annotations_file)
+    if fatal := [fault for fault in faults if fault.fatal]:
         more = f" ({len(fatal) - 1} more: prepare_data.py validate lists them)"
         raise DatasetError(f"{fatal[0]}{more if len(fatal) > 1 else ''}")
     category_rows = kept_categories(payload)
     category_ids, category_at = _numbers(category_rows), positions_by_id(category_rows)
     image_at = positions_by_id(payload["images"])
-    images = [
-        {
-            "id": number,
-            "file_name": clean_name(row["file_name"]),
-            "width": int(row["width"]),
-            "height": int(row["height"]),
-        }
-        | _source(row, number)
-        for row, number in zip(payload["images"], _numbers(payload["images"]), strict=True)
-    ]
+    images = _images(payload["images"])
     annotations: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
     rows = payload["annotations"]
     for row, number in zip(rows, _numbers(rows), strict=True):
@@ -204,6 +199,20 @@ def read_coco(
         categories=dict(zip(category_ids, names, strict=True)),
         prompts={k: v for k, v in (payload.get("prompts") or {}).items() if k in names},
     )
+
+
+def _images(rows: list[dict]) -> list[dict[str, Any]]:
+    """The records of image rows that have passed `_image_faults`."""
+    return [
+        {
+            "id": number,
+            "file_name": clean_name(row["file_name"]),
+            "width": int(row["width"]),
+            "height": int(row["height"]),
+        }
+        | _source(row, number)
+        for row, number in zip(rows, _numbers(rows), strict=True)
+    ]
 
 
 def _annotation(row: dict, number: int, category_id: int, image: dict) -> dict[str, Any]:
