@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     coco = commands.add_parser("coco", parents=[write], help="COCO or Roboflow COCO")
     coco.add_argument("--coco_json", type=Path, required=True, help="annotation file")
     coco.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
+    coco.add_argument("--classes", help='categories in order as "person,car"; else the file\'s')
     yolo = commands.add_parser("yolo", parents=[write], help="YOLO boxes or polygons")
     yolo.add_argument("--yolo_dir", type=Path, required=True, help="folder of images and labels")
     yolo.add_argument("--classes", help='names of class 0, 1, ... as "person,car"; else data.yaml')
@@ -209,7 +210,8 @@ def write_demo(output_dir: Path, task: str, seed: int, overwrite: bool) -> None:
 def read_source(args: argparse.Namespace) -> CocoSplit:
     """Returns the records that a conversion command reads."""
     if args.command == "coco":
-        return skip_missing(read_coco(args.coco_json, args.images_dir))
+        source = skip_missing(read_coco(args.coco_json, args.images_dir))
+        return order_categories(source, class_names(args.classes))
     if args.command == "masks":
         classes = args.classes
         if classes and (classes.lstrip().startswith("{") or Path(classes).is_file()):
@@ -248,6 +250,32 @@ def class_names(text: str | None) -> list[str] | None:
         found = f"expected --classes as names that differ, found {text!r}"
         raise DatasetError(f'{found}; write them as "person,car"')
     return names
+
+
+def order_categories(source: CocoSplit, names: list[str] | None) -> CocoSplit:
+    """Returns the records with just the categories of `--classes`, in that order; None keeps all.
+
+    Raises:
+        DatasetError: An object is of another category.
+    """
+    if names is None:
+        return source
+    number = {name: index for index, name in enumerate(names, start=1)}
+    annotations = {}
+    for image in source.images:
+        annotations[image["id"]] = rows = []
+        for item in source.annotations[image["id"]]:
+            name = source.categories[item["category_id"]]
+            if name not in number:
+                where = f"{source.annotations_file}, {image['file_name']}"
+                found = f"expected a class of {', '.join(names)}, found {name!r} ({where})"
+                raise DatasetError(f"{found}; add it to --classes or remove the object")
+            rows.append(item | {"category_id": number[name]})
+    categories = {index: name for name, index in number.items()}
+    prompts = {name: phrase for name, phrase in source.prompts.items() if name in number}
+    return dataclasses.replace(
+        source, annotations=annotations, categories=categories, prompts=prompts
+    )
 
 
 def skip_missing(source: CocoSplit) -> CocoSplit:

@@ -98,6 +98,16 @@ def test_a_split_is_replaced_only_when_asked(raw, capsys):
     assert file.stat().st_ino != before.st_ino
 
 
+def test_classes_fix_the_categories_of_coco_and_their_order(raw, capsys):
+    assert prepare_data.main(coco_command(raw, "--classes", "van,car,bottle_cap")) == 0
+    split = coco.read_split(raw.parent / "data" / "train")
+    assert split.categories == {1: "van", 2: "car", 3: "bottle_cap"}
+    own = [[a["category_id"] for a in items] for items in split.annotations.values()]
+    assert own == [[3, 2], [3]]
+    assert prepare_data.main(coco_command(raw, "--classes", "car", "--overwrite")) == 2
+    assert "expected a class of car, found 'bottle_cap' (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("as_file", [False, True])
 def test_prompts(raw, as_file, capsys):
     text = '{"bottle_cap": "cap of a bottle"}'
