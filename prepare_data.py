@@ -354,19 +354,21 @@ def divide_names(
     """
     names = sorted(labels)
     random.Random(seed).shuffle(names)
-    count = Counter(label for name in names for label in set(labels[name]))
-    # Of each label, and under None of all names: how many a split still lacks.
-    count[None] = len(names)
-    lacks = {s: {key: f * number for key, number in count.items()} for s, f in fractions.items()}
+    holders: dict[int | None, list[str]] = {}  # of each label; under None all names
+    for name in names:
+        for key in {None, *labels[name]}:
+            holders.setdefault(key, []).append(name)
+    left = {key: len(held) for key, held in holders.items()}
+    lacks = {s: {key: f * number for key, number in left.items()} for s, f in fractions.items()}
     chosen: dict[str, str] = {}
-    while left := [name for name in names if name not in chosen]:
-        number = Counter(label for name in left for label in set(labels[name]))
-        rarest = min(number, key=lambda label: (number[label], label), default=None)
-        for name in left:
-            if rarest is None or rarest in labels[name]:
-                chosen[name] = max(fractions, key=lambda s: (lacks[s][rarest], lacks[s][None]))
-                for key in {None, *labels[name]}:
-                    lacks[chosen[name]][key] -= 1
+    while left:
+        rarest = min(left, key=lambda key: (key is None, left[key], key))
+        for name in (name for name in holders[rarest] if name not in chosen):
+            chosen[name] = max(fractions, key=lambda s: (lacks[s][rarest], lacks[s][None]))
+            for key in {None, *labels[name]}:
+                lacks[chosen[name]][key] -= 1
+                left[key] -= 1
+        del left[rarest]
     return chosen
 
 
