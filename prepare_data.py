@@ -22,6 +22,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import random
 import sys
 from collections import Counter
@@ -206,7 +207,7 @@ def read_source(args: argparse.Namespace) -> CocoSplit:
         return skip_missing(read_coco(args.coco_json, args.images_dir))
     if args.command == "masks":
         classes = args.classes
-        if classes and (classes.lstrip().startswith("{") or Path(classes).is_file()):
+        if classes and (classes.lstrip().startswith("{") or os.path.isfile(classes)):
             classes = read_json("--classes", classes, '{"7": "road"}')
             if not isinstance(classes, dict):
                 found = f"expected --classes as a JSON object, found {type(classes).__name__}"
@@ -293,7 +294,7 @@ def read_prompts(text: str | None, source: CocoSplit) -> dict[str, str]:
 def read_json(flag: str, text: str, form: str) -> Any:
     """Returns the value of a flag that takes JSON or a file of it; `form` is an example."""
     inline = text.lstrip().startswith("{")
-    if not inline and not Path(text).is_file():
+    if not inline and not os.path.isfile(text):  # Path.is_file raises of a text too long
         found = f"expected {flag} as JSON or as a file of it, found {text!r}, neither"
         raise DatasetError(f"{found}; write {form}")
     try:

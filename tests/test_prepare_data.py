@@ -118,6 +118,7 @@ def test_prompts(raw, as_file, capsys):
         ('{"car": 3}', "expected a phrase for 'car' in prompts, found 3"),
         ('{"car"', "expected --prompts as JSON"),
         ("absent.json", "JSON or as a file of it, found 'absent.json', neither"),
+        ("x" * 5000, "JSON or as a file of it"),
     ],
 )
 def test_prompts_that_are_refused(raw, prompts, message, capsys):
