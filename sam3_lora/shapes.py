@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 FARTHEST = 1e5  # pixels; a coordinate beyond it is of no image
 POLYGON_POINTS = 10**5  # of an outline drawn pixel by pixel; more is a fault or an attack
 RING_POINTS = 72  # of the polygon of an ellipse: 99.9 % of its area
-XML_BYTES, JSON_BYTES = 2**24, 2**29  # a VIA file is a whole data set, LabelMe's hold an image
+TEXT_BYTES = XML_BYTES = 2**24  # of the annotations of one image
+JSON_BYTES = 2**29  # a VIA file is a whole data set, LabelMe's hold an image
 NAMES_LISTED = 5
 REDRAW = "draw it again or remove it"
 
@@ -420,6 +421,14 @@ def _read(file: Path, limit: int) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise problem(file, "annotations", str(error.strerror), "check the path") from error
+
+
+def read_text(file: Path) -> str:
+    """Returns a text file's content; raises DatasetError for one absent, huge or not in UTF-8."""
+    try:
+        return _read(file, TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise problem(file, "text in UTF-8", str(error), "save it in that encoding") from error
 
 
 def read_json(file: Path) -> Any:

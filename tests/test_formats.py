@@ -41,7 +41,7 @@ def write_yolo(folder: Path, layout: str, split: str = "train", lines: list[str]
     lines = (
         [label(i % 2, polygon) for i, polygon in enumerate(POLYGONS)] if lines is None else lines
     )
-    (kinds["labels"] / "a.txt").write_text("\n".join(lines) + "\n")
+    (kinds["labels"] / "a.txt").write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
     (kinds["labels"] / "b.txt").write_text("")
     return kinds
 
@@ -97,6 +97,7 @@ LINES = [
     ("0 40 30 20 10", "expected fractions .* 0 to 1, found 40 .*divide pixels"),
     ("0 0.5 0.5 0.2 0", "width and height > 0, found '0 0.5 0.5 0.2 0'"),
     ("0 0.5 0.5 -0.005 0.1", "width and height > 0"),
+    ("0 0.5 0.5 0.2 0.2 \udcff", "expected text in UTF-8, .*train/labels/a.txt.; save it"),
 ]
 
 
@@ -111,7 +112,7 @@ def test_a_line_that_is_no_label(tmp_path, line, message):
     [
         ("[person, car]", {1: "person", 2: "car"}),
         ("{0: person, 1: car, 5: dog}", {1: "person", 2: "car", 6: "dog"}),
-        ("{'0': person, '1': 7}", {1: "person", 2: "7"}),
+        ("{'0': person, '1': 7, 2: 0}", {1: "person", 2: "7", 3: "0"}),
     ],
 )
 def test_names_of_data_yaml(tmp_path, names, categories):
@@ -126,6 +127,8 @@ def test_names_of_data_yaml(tmp_path, names, categories):
         ("[no, car]", "expected names in .*data.yaml as class: name, found 0: False"),
         ("{a: b}", "found 'a': 'b'"),
         ("3", "found 3; write a list"),
+        ("[" * 5000, "expected YAML in .*data.yaml, found"),
+        ("[&a [x, x], &b [*a, *a], [*b, *b]]", r"found 0: \['x', 'x'\]; write a list"),
         ("[a, b", "expected YAML in .*data.yaml, found"),
         ("[car, person]", r"--classes to agree with .*data.yaml, found \['person', 'car'\]"),
     ],
