@@ -35,6 +35,7 @@ from sam3_lora.coco import (
     encode_mask,
     image_size,
 )
+from sam3_lora.shapes import images_in, listed
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,6 @@ COLOUR_MODES = ("RGB", "RGBA")
 SMALL_MODES = ("1", "L", "P", "LA", "PA")  # PIL's modes of up to 8 bits a value
 LARGE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 MAX_OBJECTS = 10_000  # in a label map; more is a photo taken for one
-LISTED = 5  # file names in a message
 VALUES_LISTED = 12
 
 
@@ -167,7 +167,7 @@ def _named_values(classes: list[str] | dict[str, Any] | None, kind: str) -> dict
     """Value, or colour as a number, -> name."""
     if isinstance(classes, list):
         if kind == "colour":
-            found = f"expected a colour for each class, found the names {_listing(classes)}"
+            found = f"expected a colour for each class, found the names {listed(classes)}"
             raise DatasetError(f'{found}; write --classes \'{{"{classes[0]}": "#ff0000"}}\'')
         return dict(enumerate(classes, start=0 if _is_background(classes[0]) else 1))
     named: dict[int, str] = {}
@@ -204,18 +204,11 @@ def _shown(value: int, kind: str) -> str:
     return f"#{value:06x}" if kind == "colour" else str(value)
 
 
-def _listing(paths: Sequence[str]) -> str:
-    """The first of some names, for a message."""
-    return ", ".join(paths[:LISTED]) + (", ..." if len(paths) > LISTED else "")
-
-
 def _files(folder: Path, flag: str) -> list[str]:
     """The image files in a folder and its sub-folders, sorted."""
     if not folder.is_dir():
         raise DatasetError(f"expected a folder at {flag} {folder}, found none; check the path")
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    found = [name for name in names if "/." not in f"/{name}"]  # ._* of macOS, .ipynb_checkpoints
+    found = [path.relative_to(folder).as_posix() for path in images_in(folder)]
     if not found:
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
         raise DatasetError(f"expected files {kinds} in {folder}, found none; check {flag}")
@@ -273,7 +266,7 @@ def _pairs(
     bare = [photo for photo in photos if photo not in pairs]
     for what, left in (("images without a mask", bare), ("masks without an image", orphans)):
         if left:
-            logger.warning("skipped %d %s: %s", len(left), what, _listing(left))
+            logger.warning("skipped %d %s: %s", len(left), what, listed(left))
     return {photo: pairs[photo] for photo in photos if photo in pairs}
 
 

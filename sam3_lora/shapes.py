@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -367,14 +367,18 @@ def class_name(value: Any, where: str) -> str:
     return name
 
 
-def is_image(path: Path) -> bool:
-    """Returns whether a path is named as an image, macOS resource files (`._*`) not being any."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Returns the files of a folder and its sub-folders that end so, sorted.
+
+    What is hidden is not: resource files of macOS (`._*`), copies in `.ipynb_checkpoints`.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes]
+    return [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
 
 def images_in(folder: Path) -> list[Path]:
     """Returns the images of a folder, those of its sub-folders too, sorted."""
-    return [path for path in sorted(folder.rglob("*")) if is_image(path)]
+    return files_in(folder, IMAGE_SUFFIXES)
 
 
 def by_stem(images: list[Path]) -> dict[Path, list[Path]]:
@@ -391,8 +395,9 @@ def image_of(by_stem: dict[Path, list[Path]], folder: Path, name: str, file: Pat
     Raises:
         DatasetError: Several images have the stem.
     """
-    if name and is_image(folder / name) and (folder / name).is_file():
-        return folder / name
+    path = folder / name
+    if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        return path
     paths = by_stem.get(folder / file.stem, [])
     if len(paths) > 1:
         found = listed([path.name for path in paths])
@@ -404,8 +409,7 @@ def annotation_files(folder: Path, suffix: str, flag: str) -> list[Path]:
     """Returns the annotation files in a folder, sorted; raises DatasetError without any."""
     if not folder.is_dir():
         raise DatasetError(f"expected the folder {folder}, found none; check {flag}")
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() == suffix]
-    files = [file for file in files if not file.name.startswith(".") and file.is_file()]
+    files = files_in(folder, {suffix})
     if not files:
         raise DatasetError(f"expected {suffix} files in {folder}, found none; check {flag}")
     return files

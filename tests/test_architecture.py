@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "overview": {"coco", "drawing"},
     "formats": {"coco", "shapes"},
     "shapes": {"coco"},
-    "mask_images": {"coco"},
+    "mask_images": {"coco", "shapes"},
     "tiles": {"coco"},
     "dataset": {"coco", "tiles"},
     "metrics": {"coco"},

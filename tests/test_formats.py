@@ -1,6 +1,7 @@
 """Readers of other formats against the same objects written as COCO, on data made here."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,9 @@ def write_yolo(folder: Path, layout: str, split: str = "train", lines: list[str]
     for name in names:
         Image.new("RGB", (WIDTH, HEIGHT)).save(kinds["images"] / name)
     (kinds["images"] / "._a.jpg").write_text("junk")
+    if layout != "flat":
+        (kinds["images"] / ".ipynb_checkpoints").mkdir()
+        shutil.copyfile(kinds["images"] / "a.jpg", kinds["images"] / ".ipynb_checkpoints/a-2.jpg")
     lines = (
         [label(i % 2, polygon) for i, polygon in enumerate(POLYGONS)] if lines is None else lines
     )
