@@ -35,7 +35,7 @@ from sam3_lora.coco import (
     encode_mask,
     image_size,
 )
-from sam3_lora.shapes import images_in, listed
+from sam3_lora.shapes import images_in, listed, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +87,15 @@ def read_masks(
     table, categories, ignored = _classes(classes, void, kind, whole)
     names = list(categories.values()) if kind == "object" else None
     pairs = _pairs(images_dir, masks_dir, pattern, names)
-    images, annotations, rest, next_id = [], {}, Counter(), 1
+    records, rest = {}, Counter()
     with ThreadPoolExecutor(WORKERS) as pool:
         read = partial(_read_photo, images_dir, kind, table, ignored, whole)
         results = zip(pairs, pool.map(read, pairs.items()), strict=True)
-        for number, (file_name, ((width, height), objects, left)) in enumerate(results, start=1):
-            images.append({"id": number, "file_name": file_name, "width": width, "height": height})
-            annotations[number] = [{"id": next_id + i} | item for i, item in enumerate(objects)]
-            next_id += len(objects)
+        for file_name, (size, objects, left) in results:
+            records[images_dir / file_name] = size, objects
             rest += left
-    _report(rest, next_id - 1, masks_dir, kind, ignored)
-    return CocoSplit(masks_dir, images_dir, images, annotations, categories, {})
+    _report(rest, any(objects for _, objects in records.values()), masks_dir, kind, ignored)
+    return split_of(masks_dir, images_dir, records, categories)
 
 
 def _read_photo(
@@ -426,7 +424,7 @@ def _records(labels: np.ndarray, kept: np.ndarray, category_id: int) -> list[dic
     return records
 
 
-def _report(rest: Counter, objects: int, masks_dir: Path, kind: str, ignored: set[int]) -> None:
+def _report(rest: Counter, any_object: bool, masks_dir: Path, kind: str, ignored: set[int]) -> None:
     """Warns of small parts; raises where values have no name, or where there is no object."""
     small = rest.pop("small", 0)
     if small:
@@ -435,17 +433,17 @@ def _report(rest: Counter, objects: int, masks_dir: Path, kind: str, ignored: se
         )
         logger.warning(message, small, MIN_PART_PIXELS)
     if rest:
-        listed = [f"{_shown(v, kind)} ({rest[v]} pixels)" for v in sorted(rest)[:VALUES_LISTED]]
+        values = [f"{_shown(v, kind)} ({rest[v]} pixels)" for v in sorted(rest)[:VALUES_LISTED]]
         more = ", ..." if len(rest) > VALUES_LISTED else ""
         first = _shown(min(rest), kind)
         example = f'{{"name": "{first}"}}' if kind == "colour" else f'{{"{first}": "name"}}'
         void = ",".join(_shown(v, kind) for v in sorted(ignored | {min(rest)}))
         raise DatasetError(
             f"expected a name for each value in {masks_dir}, found none for {len(rest)}: "
-            f"{', '.join(listed)}{more}; name them, --classes '{example}', or leave them out, "
+            f"{', '.join(values)}{more}; name them, --classes '{example}', or leave them out, "
             f'--void "{void}"; if each value is an object, pass --kind instance'
         )
-    if not objects:
+    if not any_object:
         void = "".join(f", {_shown(v, kind)} (void)" for v in sorted(ignored))
         found = f"expected objects in {masks_dir}, found only 0{void}"
         remedy = "check --masks_dir"

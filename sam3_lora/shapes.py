@@ -31,11 +31,11 @@ from sam3_lora.coco import (
     image_size,
     mask_area,
 )
+from sam3_lora.faults import UNSAFE, clean_name
+from sam3_lora.geometry import COORDINATE_LIMIT, POINT_LIMIT
 
 logger = logging.getLogger(__name__)
 
-FARTHEST = 1e5  # pixels; a coordinate beyond it is of no image
-POLYGON_POINTS = 10**5  # of an outline drawn pixel by pixel; more is a fault or an attack
 RING_POINTS = 72  # of the polygon of an ellipse: 99.9 % of its area
 TEXT_BYTES = XML_BYTES = 2**24  # of the annotations of one image
 JSON_BYTES = 2**29  # a VIA file is a whole data set, LabelMe's hold an image
@@ -159,13 +159,22 @@ def _report_missing(
 def split_of(
     source: Path, images_dir: Path, records: Records, categories: dict[int, str]
 ) -> CocoSplit:
-    """Returns the split of records, images in the order of their paths, with ids from 1."""
+    """Returns the split of records, images in the order of their paths, with ids from 1.
+
+    Raises:
+        DatasetError: A name that `read_coco` would refuse or read as another.
+    """
+    for name in filter(UNSAFE.search, categories.values()):
+        raise problem(source, "class names of printable text", ascii(name), "rename the class")
     images: list[dict[str, Any]] = []
     annotations: dict[int, list[dict[str, Any]]] = {}
     next_id = 1
     for number, path in enumerate(sorted(records), start=1):
         (width, height), objects = records[path]
         file_name = path.relative_to(images_dir).as_posix()
+        if clean_name(file_name) != file_name:
+            found = ascii(file_name)
+            raise problem(images_dir, "file names of printable text", found, "rename the file")
         images.append({"id": number, "file_name": file_name, "width": width, "height": height})
         annotations[number] = [{"id": next_id + i} | item for i, item in enumerate(objects)]
         next_id += len(objects)
@@ -268,8 +277,8 @@ def mask(text: Any, left: int, top: int, right: int, bottom: int, where: str) ->
 
 def polygon(points: list[tuple[float, float]], where: str) -> Part:
     """Returns the part of a polygon; raises DatasetError for fewer than 3 points, or too many."""
-    if not 3 <= len(points) <= POLYGON_POINTS:
-        expected = f"a polygon of 3 to {POLYGON_POINTS} points"
+    if not 3 <= len(points) <= POINT_LIMIT:
+        expected = f"a polygon of 3 to {POINT_LIMIT} points"
         raise problem(where, expected, str(len(points)), REDRAW)
     return "polygon", points
 
@@ -353,9 +362,10 @@ def coordinate(value: Any, name: str, where: str) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= FARTHEST:
+    if not abs(number) <= COORDINATE_LIMIT:
         found = repr(str(value)[:40])
-        raise problem(where, f"{name} as a number, {FARTHEST:g} pixels at most", found, remedy)
+        expected = f"{name} as a number, {COORDINATE_LIMIT:g} pixels at most"
+        raise problem(where, expected, found, remedy)
     return number
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "repair": {"coco", "faults", "geometry"},
     "overview": {"coco", "drawing"},
     "formats": {"coco", "shapes"},
-    "shapes": {"coco"},
+    "shapes": {"coco", "faults", "geometry"},
     "mask_images": {"coco", "shapes"},
     "tiles": {"coco"},
     "dataset": {"coco", "tiles"},

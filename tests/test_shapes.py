@@ -123,3 +123,17 @@ def test_an_ellipse_has_the_area_of_one():
 def test_a_mask_beyond_the_image_is_cut():
     item = shapes.geometry([("mask", (8, 5, np.ones((4, 6), bool)))], 10, 7, "here")
     assert item["bbox"] == [8, 5, 2, 2] and item["area"] == 4
+
+
+@pytest.mark.parametrize(
+    ("file_name", "name", "message"),
+    [
+        ("a\udce9.png", "car", r"file names of printable text, found 'a\\udce9.png' .*; rename"),
+        ("a\\b.png", "car", "file names of printable text"),
+        ("a.png", "car\n", r"class names of printable text, found 'car\\n' .*; rename the class"),
+    ],
+)
+def test_names_that_would_be_read_as_others_are_refused(tmp_path, file_name, name, message):
+    records = {tmp_path / file_name: ((4, 3), [])}
+    with pytest.raises(DatasetError, match=message):
+        shapes.split_of(tmp_path, tmp_path, records, {1: name})
