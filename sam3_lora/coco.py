@@ -68,6 +68,7 @@ logger = logging.getLogger(__name__)
 SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
 
 ENDS = ("new", "old")  # of the folders beside a split while it is written
+NO_CONTENT = (".gitkeep", ".DS_Store", "Thumbs.db", "desktop.ini")  # of git and of file managers
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def read_coco(
 
 
 def _annotation(row: dict, number: int, category_id: int, image: dict) -> dict[str, Any]:
-    """The record of an annotation that has passed `_annotation_faults`."""
+    """The record of an annotation that has passed `annotation_problems`."""
     segmentation = segmentation_of(row)
     size = image["height"], image["width"]
     bbox, area = row.get("bbox"), row.get("area")
@@ -390,7 +391,7 @@ def _is_there(target: Path, split: CocoSplit, overwrite: bool) -> bool:
         raise DatasetError(f"{message}; the split is written as a whole: move them elsewhere")
     if target.is_file():
         raise DatasetError(f"expected a folder at {target}, found a file; move it")
-    found = {path for path in target.rglob("*") if path.name != ".gitkeep" and path.is_file()}
+    found = {path for path in target.rglob("*") if path.name not in NO_CONTENT and path.is_file()}
     if overwrite or not found:
         return False
     file = target / "annotations.json"

@@ -18,6 +18,7 @@ from sam3_lora.coco import DatasetError
 def test_write_is_all_or_nothing(tmp_path):
     source = coco.read_split(write(tmp_path / "in", payload()))
     (tmp_path / "out" / "train" / "images").mkdir(parents=True)  # as `create` leaves it
+    (tmp_path / "out" / "train" / ".DS_Store").write_text("")  # as looking at it leaves it
     folder = write_again(source, tmp_path / "out")
     (folder / "mine.txt").write_text("kept")
     with pytest.raises(DatasetError, match="of this source, found annotations.json, .*--overwrite"):
