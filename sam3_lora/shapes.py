@@ -32,7 +32,7 @@ from sam3_lora.coco import (
     mask_area,
 )
 from sam3_lora.faults import UNSAFE, clean_name
-from sam3_lora.geometry import COORDINATE_LIMIT, POINT_LIMIT
+from sam3_lora.geometry import COORDINATE_LIMIT, POINT_LIMIT, is_flat
 
 logger = logging.getLogger(__name__)
 
@@ -210,14 +210,14 @@ def geometry(parts: list[Part], width: int, height: int, where: str) -> dict[str
             found = f"{low[0]:g}, {low[1]:g} to {high[0]:g}, {high[1]:g}"
             raise problem(where, "an object with width and height > 0", found, "remove it")
         polygons.append([float(v) for point in _clip(value, width, height) for v in point])
-    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6 and not is_flat(polygon)]
     xs, ys = ([v for polygon in polygons for v in polygon[axis::2]] for axis in (0, 1))
     if mask is not None:
         mask |= decode_mask(polygons, height, width) if polygons else False
         xs, ys = (_span(mask.any(axis=axis)) for axis in (0, 1))
-    if not xs or min(xs) >= max(xs) or min(ys) >= max(ys):
+    if not xs:
         remedy = "remove it, or annotate the image that is on disk"
-        raise problem(where, f"pixels inside the {width} x {height} image", "none", remedy)
+        raise problem(where, f"an area inside the {width} x {height} image", "none", remedy)
     bbox = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
     segmentation, area = polygons, bbox[2] * bbox[3]
     if mask is not None:

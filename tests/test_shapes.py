@@ -114,6 +114,11 @@ def test_a_polygon_of_a_million_points_is_refused():
         shapes.polygon([(1.0, 1.0)] * 10**6, "here")
 
 
+def test_a_polygon_along_a_line_is_refused():
+    with pytest.raises(DatasetError, match="an area inside the 9 x 9 image, found none .here."):
+        shapes.geometry([("polygon", [(1, 1), (4, 4), (7, 7)])], 9, 9, "here")
+
+
 def test_an_ellipse_has_the_area_of_one():
     part = shapes.ellipse(50, 40, 30, 10, 0.5, "here")
     item = shapes.geometry([part], 100, 80, "here")
