@@ -48,11 +48,11 @@ from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.overview import fault_report, json_report, preview, summary
 from sam3_lora.repair import mend_split
 from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
+from sam3_lora.shapes import report_missing
 
 logger = logging.getLogger("prepare_data")
 
 SPLITS = ("train", "val", "valid", "test")
-NAMES_LISTED = 5
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -259,25 +259,8 @@ def skip_missing(source: CocoSplit) -> CocoSplit:
         elif bare[name] == 1 and (source.images_dir / name).is_file():
             kept.append(image | {"file_name": name})
         else:
-            missing.append(image)
-    if not kept:
-        first = source.image_path(source.images[0])
-        raise DatasetError(
-            f"expected the images of {source.annotations_file} in {source.images_dir}, found none "
-            f"of {len(missing)} (the first would be {first}); check --images_dir"
-        )
-    if missing:
-        objects = sum(len(source.annotations[image["id"]]) for image in missing)
-        names = ", ".join(image["file_name"] for image in missing[:NAMES_LISTED])
-        logger.warning(
-            "skipped %d of %d images, which are not in %s, and their %d objects: %s%s",
-            len(missing),
-            len(source.images),
-            source.images_dir,
-            objects,
-            names,
-            ", ..." if len(missing) > NAMES_LISTED else "",
-        )
+            missing.append((image["file_name"], len(source.annotations[image["id"]])))
+    report_missing(source.annotations_file, source.images_dir, len(kept), missing)
     annotations = {image["id"]: source.annotations[image["id"]] for image in kept}
     return dataclasses.replace(source, images=kept, annotations=annotations)
 

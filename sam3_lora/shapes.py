@@ -98,7 +98,7 @@ def assemble(
         if told and told != size:
             other_size.append(f"{name} is {size[0]} x {size[1]}, not {told[0]} x {told[1]}")
         records[path] = size, [_record(*item, size, class_names) for item in objects]
-    _report_missing(source, images_dir, len(records), missing)
+    report_missing(source, images_dir, len(records), missing)
     _warn("%d images differ in size from their annotation, check their objects: %s", other_size)
     bare = [str(path) for path in expected if path not in records]
     _warn("left out %d images without an annotation, which may hold objects: %s", bare)
@@ -142,14 +142,18 @@ def _warn(message: str, names: list[str]) -> None:
         logger.warning(message, len(names), listed(names))
 
 
-def _report_missing(
+def report_missing(
     source: Path, images_dir: Path, present: int, missing: list[tuple[str, int]]
 ) -> None:
-    """Warns of images that are absent; refuses a source of which all are."""
+    """Warns of absent images, (name, number of objects); refuses a source of which all are.
+
+    Raises:
+        DatasetError: None is present.
+    """
     names = [name for name, _ in missing]
     if not present:
         found = f"none of {len(missing)}: {listed(names)}"
-        raise problem(source, f"images in {images_dir}", found, "put them there")
+        raise problem(source, f"images in {images_dir}", found, "put them there; check the path")
     if missing:
         message = "skipped %d of %d images, which are not in %s, and their %d objects: %s"
         objects, total = sum(count for _, count in missing), len(missing) + present

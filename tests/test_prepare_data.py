@@ -132,7 +132,7 @@ def test_wrong_images_dir(raw, capsys):
     command[command.index("--images_dir") + 1] = str(raw / "nowhere")
     assert prepare_data.main(command) == 2
     err = capsys.readouterr().err
-    assert "found none of 3" in err and "check --images_dir" in err
+    assert "found none of 3: a" in err and "check the path" in err
     assert len(err.splitlines()) == 1
 
 
