@@ -162,7 +162,9 @@ def _described_folders(yolo_dir: Path, entry: Any, root: Any) -> list[tuple[Path
     tails = [Path(*parts[start:]) for start in range(len(parts))]
     roots = [yolo_dir / root] if isinstance(root, str) else []
     pairs = []
-    for images_dir in [Path(entry), *(base / t for base in [*roots, yolo_dir] for t in tails)]:
+    # As written only if absolute: a path would else be taken from where the command is run.
+    given = [Path(entry)] if Path(entry).is_absolute() else []
+    for images_dir in [*given, *(base / t for base in [*roots, yolo_dir] for t in tails)]:
         # The labels are where the last `images` of the path reads `labels`.
         names = list(images_dir.parts)
         if "images" in names:

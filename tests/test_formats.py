@@ -162,8 +162,10 @@ def test_val_is_valid(tmp_path, layout, folder, split):
     "entry",
     ["../part/images", "part\\images", "part/images", "D:\\sets\\part\\images"],
 )
-def test_data_yaml_says_where(tmp_path, entry):
+def test_data_yaml_says_where(tmp_path, entry, monkeypatch):
     write_yolo(tmp_path, "split/images", "part")
+    write_yolo(tmp_path / "elsewhere", "split/images", "part", [])
+    monkeypatch.chdir(tmp_path / "elsewhere")  # of the same layout
     (tmp_path / "data.yaml").write_text(f"names: [person, car]\ntrain: '{entry}'\n")
     assert len(read_yolo(tmp_path, "train").annotations[1]) == 3
 
