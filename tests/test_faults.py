@@ -204,6 +204,15 @@ def test_warnings_of_a_shape(tmp_path, changes, kind, message):
     assert matches(message, found[0]) and found[0].remedy
 
 
+def test_an_object_of_the_pixel_in_the_corner_has_no_fault(tmp_path):
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[0, 0] = True
+    content = payload()
+    changes = {"bbox": [0.0, 0.0, 1.0, 1.0], "segmentation": coco.encode_mask(mask), "area": 1}
+    content["annotations"][0] |= changes
+    assert report(write(tmp_path, content)) == []
+
+
 def test_a_sound_set_has_no_fault(tmp_path):
     assert report(write(tmp_path, payload())) == []
 
