@@ -58,6 +58,9 @@ def read_yolo(yolo_dir: Path, split: str, class_names: list[str] | None = None) 
     """
     yolo_dir = Path(yolo_dir)
     description_file, description = _read_data_yaml(yolo_dir)
+    if "kpt_shape" in description:
+        remedy = "export boxes or polygons"
+        raise problem(description_file, "labels of boxes or polygons", "kpt_shape", remedy)
     names = _class_names(description, description_file, class_names, yolo_dir)
     images_dir, labels_dir = _yolo_folders(yolo_dir, split, description)
     label_files = {

@@ -134,6 +134,7 @@ def test_names_of_data_yaml(tmp_path, names, categories):
         ("[" * 5000, "expected YAML in .*data.yaml, found"),
         ("[&a [x, x], &b [*a, *a], [*b, *b]]", r"found 0: \['x', 'x'\]; write a list"),
         ("[a, b", "expected YAML in .*data.yaml, found"),
+        ("[person, car]\nkpt_shape: [5, 2]", "expected labels of boxes or polygons, found kpt_sh"),
         ("[car, person]", r"--classes to agree with .*data.yaml, found \['person', 'car'\]"),
     ],
 )
