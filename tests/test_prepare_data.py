@@ -1,5 +1,6 @@
 """The commands of prepare_data.py: what they write, print, refuse and return."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -195,6 +196,14 @@ def test_many_categories_without_an_object_share_a_line(raw, count, capsys):
     out = capsys.readouterr().out
     assert ("  11 categories without an object\n" in out) == (count > 10)
     assert out.count("thing") == (count if count <= 10 else 0) and "1  car\n" in out
+
+
+def test_names_that_the_output_has_no_letters_for(raw, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # a file's on Windows
+    monkeypatch.setattr(sys, "stdout", output)
+    assert prepare_data.main([*coco_command(raw), "--prompts", '{"car": "\u8eca"}']) == 0
+    output.flush()
+    assert rb'prompted as "\u8eca"' in output.buffer.getvalue()
 
 
 def test_validate_refuses_two_categories_of_one_prompt(raw, capsys):
