@@ -199,7 +199,8 @@ def _set_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterator[F
             remedy = "the rare ones are learned last: add images of them"
             yield Fault("warning", "imbalance", message, file, None, remedy)
     prompts = payload.get("prompts")
-    prompts = prompts if isinstance(prompts, dict) else {}
+    pairs = prompts.items() if isinstance(prompts, dict) else ()
+    prompts = {key: phrase for key, phrase in pairs if isinstance(phrase, str)}
     for row in rows:
         name = row.get("name")
         phrase = phrase_of(name, prompts) if isinstance(name, str) else ""
@@ -256,7 +257,7 @@ def _category_faults(payload: dict, file: Path) -> Iterator[Fault]:
     first_named: dict[str, str] = {}
     for row in kept_categories(payload):
         name, where = row.get("name"), (file, f"category {row.get('id')}")
-        if not isinstance(name, str) or not name.strip() or UNSAFE.search(name):
+        if not isinstance(name, str) or not phrase_of(name, prompts) or UNSAFE.search(name):
             message = f"expected a category name of printable text, found {shown(name)}"
             yield _fatal("missing key", message, *where, "name it: the name is the prompt")
             continue

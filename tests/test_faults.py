@@ -129,6 +129,7 @@ FATAL = [
     ("categories", {"id": 2}, "duplicate id", "expected unique category ids, found 2 2 times"),
     ("categories", {"id": 2.5}, "missing key", "every category to have an id"),
     ("categories", {"name": ""}, "missing key", "category name of printable text, found ''"),
+    ("categories", {"name": "_-_"}, "missing key", "category name of printable text, found '_-_'"),
     ("categories", {"name": "a\0"}, "missing key", "category name of printable text"),
     ("categories", {"name": ["a"]}, "missing key", r"printable text, found \['a'\]"),
     (None, {"images": []}, "no images", "expected at least one image, found 0"),
@@ -136,6 +137,7 @@ FATAL = [
     (None, {"prompts": ["a"]}, "prompts", r"prompts \{.*\}, found list"),
     (None, {"prompts": {"cart": "x"}}, "prompts", "did you mean 'car'"),
     (None, {"prompts": {"car": " "}}, "prompts", "expected a phrase for 'car' in prompts"),
+    (None, {"prompts": {"car": 5}}, "prompts", "expected a phrase for 'car' in prompts, found 5"),
     (None, {"images": None}, "file", 'expected a list of objects under "images"'),
     (None, {"annotations": [3]}, "file", 'expected a list of objects under "annotations"'),
 ]
