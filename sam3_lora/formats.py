@@ -404,7 +404,7 @@ def read_via(
     attribute = class_attribute or _via_attribute(entries, class_names, file)
     only_class = None if attribute else (class_names or [None])[0]
     items = _via_items(entries, file, images_dir, attribute, only_class)
-    return shapes.assemble(file, images_dir, items, class_names)
+    return shapes.assemble(file, images_dir, items, class_names, shapes.images_in(images_dir))
 
 
 def _via_entries(file: Path) -> list[tuple[str, list[dict[str, dict]]]]:

@@ -347,6 +347,7 @@ def test_via_projects_and_absent_images(photos, caplog):
         split = read_via(file, photos)
     assert [image["file_name"] for image in split.images] == ["a.jpg"]
     assert "skipped 1 of 2 images, which are not in" in caplog.text and "gone.png" in caplog.text
+    assert "left out 2 images without an annotation" in caplog.text
 
 
 SQUARE = [[1, 1], [9, 1], [9, 9]]
