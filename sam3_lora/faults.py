@@ -320,20 +320,14 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
         yield Fault("warning", "unlisted images", message, file, None, "they are not used")
 
 
-def outside_links(images_dir: Path, names: Iterable[str]) -> list[Path]:
-    """Returns the images that are symbolic links, or lie in such a folder, to outside."""
-    root = images_dir.resolve()
-    paths = [images_dir / name for name in names]
-    return [path for path in paths if not path.resolve().is_relative_to(root)]
-
-
 def _copy_faults(payload: dict, images_dir: Path, folder: Path) -> Iterator[Fault]:
     """Links to photos elsewhere; the same photo twice in a split, or in another beside it too."""
     names = {clean_name(row.get("file_name")) for row in payload["images"]} - {None}
-    for path in outside_links(images_dir, sorted(names)):
-        message = f"expected a file in the images folder, found a link to {path.resolve()}"
-        yield Fault("error", "link outside", message, path, None, "put the file in its place")
-    here = {images_dir / name for name in names}
+    here, root = {images_dir / name for name in names}, images_dir.resolve()
+    for path in sorted(here):
+        if not path.resolve().is_relative_to(root):
+            message = f"expected a file in the images folder, found a link to {path.resolve()}"
+            yield Fault("error", "link outside", message, path, None, "put the file in its place")
     others = {
         path
         for name in {"train", "val", "valid", "test"} - {folder.name}
