@@ -389,8 +389,9 @@ def _is_there(target: Path, split: CocoSplit, overwrite: bool) -> bool:
     if split.images_dir.resolve().is_relative_to(target.resolve()):
         message = f"expected the source images outside {target}, found them in {split.images_dir}"
         raise DatasetError(f"{message}; the split is written as a whole: move them elsewhere")
-    if target.is_file():
-        raise DatasetError(f"expected a folder at {target}, found a file; move it")
+    if target.is_file() or target.is_symlink():
+        found = "a link" if target.is_symlink() else "a file"
+        raise DatasetError(f"expected a folder at {target}, found {found}; move it")
     found = {path for path in target.rglob("*") if path.name not in NO_CONTENT and path.is_file()}
     if overwrite or not found:
         return False

@@ -42,6 +42,16 @@ def test_write_never_replaces_its_own_source(tmp_path):
     assert (tmp_path / "data" / "train" / "images" / "a.png").is_file()
 
 
+def test_a_split_that_is_a_link_is_not_replaced(tmp_path):
+    source = coco.read_split(write(tmp_path / "in", payload()))
+    for folder in ("disk", "out"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "out" / "train").symlink_to(tmp_path / "disk")
+    with pytest.raises(DatasetError, match="expected a folder at .*train, found a link; move it"):
+        write_again(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+
+
 def inodes(folder: Path) -> list[int]:
     return [(folder / "images" / name).stat().st_ino for name in ("a.png", "sub/b.png")]
 
