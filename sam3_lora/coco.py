@@ -339,8 +339,8 @@ def write_splits(
         The folders of the splits, in their order.
 
     Raises:
-        DatasetError: A split holds other files or its own source; a source image is absent, or a
-            link to a file outside its folder. Nothing is changed.
+        DatasetError: A split holds other files or its own source, or is a link; a source image is
+            absent, or a link to a file outside its folder. Nothing is changed.
     """
     _clear_leftovers(Path(output_dir))
     targets = {split_dir(output_dir, name): records for name, records in splits.items()}

@@ -53,8 +53,8 @@ def read_yolo(yolo_dir: Path, split: str, class_names: list[str] | None = None) 
         segmentation; a polygon's box is that of its points.
 
     Raises:
-        DatasetError: No images or labels, no names, names that differ from those of data.yaml, a
-            line that is not a label. It names the file and the line.
+        DatasetError: No images or labels, keypoints, no names, names that differ from those of
+            data.yaml, a line that is not a label. It names the file and the line.
     """
     yolo_dir = Path(yolo_dir)
     description_file, description = _read_data_yaml(yolo_dir)
