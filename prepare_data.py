@@ -22,6 +22,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import random
 import sys
 from collections import Counter
@@ -47,11 +48,11 @@ from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.overview import fault_report, json_report, preview, summary
 from sam3_lora.repair import mend_split
 from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
+from sam3_lora.shapes import report_missing
 
 logger = logging.getLogger("prepare_data")
 
 SPLITS = ("train", "val", "valid", "test")
-NAMES_LISTED = 5
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -214,7 +215,7 @@ def read_source(args: argparse.Namespace) -> CocoSplit:
         return order_categories(source, class_names(args.classes))
     if args.command == "masks":
         classes = args.classes
-        if classes and (classes.lstrip().startswith("{") or Path(classes).is_file()):
+        if classes and (classes.lstrip().startswith("{") or os.path.isfile(classes)):
             classes = read_json("--classes", classes, '{"7": "road"}')
             if not isinstance(classes, dict):
                 found = f"expected --classes as a JSON object, found {type(classes).__name__}"
@@ -293,25 +294,8 @@ def skip_missing(source: CocoSplit) -> CocoSplit:
         elif bare[name] == 1 and (source.images_dir / name).is_file():
             kept.append(image | {"file_name": name})
         else:
-            missing.append(image)
-    if not kept:
-        first = source.image_path(source.images[0])
-        raise DatasetError(
-            f"expected the images of {source.annotations_file} in {source.images_dir}, found none "
-            f"of {len(missing)} (the first would be {first}); check --images_dir"
-        )
-    if missing:
-        objects = sum(len(source.annotations[image["id"]]) for image in missing)
-        names = ", ".join(image["file_name"] for image in missing[:NAMES_LISTED])
-        logger.warning(
-            "skipped %d of %d images, which are not in %s, and their %d objects: %s%s",
-            len(missing),
-            len(source.images),
-            source.images_dir,
-            objects,
-            names,
-            ", ..." if len(missing) > NAMES_LISTED else "",
-        )
+            missing.append((image["file_name"], len(source.annotations[image["id"]])))
+    report_missing(source.annotations_file, source.images_dir, len(kept), missing)
     annotations = {image["id"]: source.annotations[image["id"]] for image in kept}
     return dataclasses.replace(source, images=kept, annotations=annotations)
 
@@ -328,7 +312,7 @@ def read_prompts(text: str | None, source: CocoSplit) -> dict[str, str]:
 def read_json(flag: str, text: str, form: str) -> Any:
     """Returns the value of a flag that takes JSON or a file of it; `form` is an example."""
     inline = text.lstrip().startswith("{")
-    if not inline and not Path(text).is_file():
+    if not inline and not os.path.isfile(text):  # Path.is_file raises of a text too long
         found = f"expected {flag} as JSON or as a file of it, found {text!r}, neither"
         raise DatasetError(f"{found}; write {form}")
     try:
@@ -389,19 +373,21 @@ def divide_names(
     """
     names = sorted(labels)
     random.Random(seed).shuffle(names)
-    count = Counter(label for name in names for label in set(labels[name]))
-    # Of each label, and under None of all names: how many a split still lacks.
-    count[None] = len(names)
-    lacks = {s: {key: f * number for key, number in count.items()} for s, f in fractions.items()}
+    holders: dict[int | None, list[str]] = {}  # of each label; under None all names
+    for name in names:
+        for key in {None, *labels[name]}:
+            holders.setdefault(key, []).append(name)
+    left = {key: len(held) for key, held in holders.items()}
+    lacks = {s: {key: f * number for key, number in left.items()} for s, f in fractions.items()}
     chosen: dict[str, str] = {}
-    while left := [name for name in names if name not in chosen]:
-        number = Counter(label for name in left for label in set(labels[name]))
-        rarest = min(number, key=lambda label: (number[label], label), default=None)
-        for name in left:
-            if rarest is None or rarest in labels[name]:
-                chosen[name] = max(fractions, key=lambda s: (lacks[s][rarest], lacks[s][None]))
-                for key in {None, *labels[name]}:
-                    lacks[chosen[name]][key] -= 1
+    while left:
+        rarest = min(left, key=lambda key: (key is None, left[key], key))
+        for name in (name for name in holders[rarest] if name not in chosen):
+            chosen[name] = max(fractions, key=lambda s: (lacks[s][rarest], lacks[s][None]))
+            for key in {None, *labels[name]}:
+                lacks[chosen[name]][key] -= 1
+                left[key] -= 1
+        del left[rarest]
     return chosen
 
 

@@ -35,6 +35,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
 from pretraining import pretrain  # noqa: E402
 
+from lora_layers import COMPONENTS  # noqa: E402
 from sam3_lora.config import FlagParser, setup_logging, user_errors  # noqa: E402
 from sam3_lora.forward import VISUAL_PROMPT  # noqa: E402
 from sam3_lora.model import ModelError  # noqa: E402
@@ -254,9 +255,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     parser.add_argument("--hub_layout", action="store_true", help="as facebook/sam3 is published")
     parser.add_argument("--init_from", type=Path, help="folder of a pretrained one to go on from")
-    parser.add_argument(
-        "--renew", nargs="*", default=(), help="of --init_from, components that begin anew"
-    )
+    renewed = "components of --init_from that begin anew"
+    parser.add_argument("--renew", nargs="+", choices=COMPONENTS, default=(), help=renewed)
     parser.add_argument("--steps", type=int, default=0, help="of pretraining (default: 0)")
     parser.add_argument(
         "--box_share",

@@ -68,6 +68,7 @@ logger = logging.getLogger(__name__)
 SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
 
 ENDS = ("new", "old")  # of the folders beside a split while it is written
+NO_CONTENT = (".gitkeep", ".DS_Store", "Thumbs.db", "desktop.ini")  # of git and of file managers
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _images(rows: list[dict]) -> list[dict[str, Any]]:
 
 
 def _annotation(row: dict, number: int, category_id: int, image: dict) -> dict[str, Any]:
-    """The record of an annotation that has passed `_annotation_faults`."""
+    """The record of an annotation that has passed `annotation_problems`."""
     segmentation = segmentation_of(row)
     size = image["height"], image["width"]
     bbox, area = row.get("bbox"), row.get("area")
@@ -347,8 +348,8 @@ def write_splits(
         The folders of the splits, in their order.
 
     Raises:
-        DatasetError: A split holds other files or its own source; a source image is absent, or a
-            link to a file outside its folder. Nothing is changed.
+        DatasetError: A split holds other files or its own source, or is a link; a source image is
+            absent, or a link to a file outside its folder. Nothing is changed.
     """
     _clear_leftovers(Path(output_dir))
     targets = {split_dir(output_dir, name): records for name, records in splits.items()}
@@ -397,9 +398,10 @@ def _is_there(target: Path, split: CocoSplit, overwrite: bool) -> bool:
     if split.images_dir.resolve().is_relative_to(target.resolve()):
         message = f"expected the source images outside {target}, found them in {split.images_dir}"
         raise DatasetError(f"{message}; the split is written as a whole: move them elsewhere")
-    if target.is_file():
-        raise DatasetError(f"expected a folder at {target}, found a file; move it")
-    found = {path for path in target.rglob("*") if path.name != ".gitkeep" and path.is_file()}
+    if target.is_file() or target.is_symlink():
+        found = "a link" if target.is_symlink() else "a file"
+        raise DatasetError(f"expected a folder at {target}, found {found}; move it")
+    found = {path for path in target.rglob("*") if path.name not in NO_CONTENT and path.is_file()}
     if overwrite or not found:
         return False
     file = target / "annotations.json"

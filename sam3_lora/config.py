@@ -482,6 +482,8 @@ def setup_logging(log_file: Path | None = None, level: int | str = logging.INFO)
     if log_file is not None:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):  # Windows has few letters when it goes to a file
+        sys.stdout.reconfigure(errors="backslashreplace")
     root = logging.getLogger()
     # Named, so that handlers of others (a test's, a notebook's) are left alone.
     for handler in [item for item in root.handlers if item.get_name() == __name__]:

@@ -19,6 +19,7 @@ Source: the fine-tuning transforms of facebookresearch/sam3 @99d02f2 (roboflow_v
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,7 +122,8 @@ class PromptDataset(Dataset):
             `image` (3,S,S) uint8, `image_id`, `original_size` (H, W), and lists with one entry a
             prompt: `texts`, `category_ids`, `targets` of `boxes_cxcywh` (G,4) in 0 to 1 of the
             canvas, `has_mask` (G,) bool, `masks` (G,S,S) bool, empty for an object without one,
-            (0,S,S) where no object has one; and `complete` () bool, no object was left out.
+            (0,S,S) where no object has one; and `complete` () bool, nothing was left out, no
+            crowd either.
 
         Raises:
             DatasetError: the image file is missing or cannot be read.
@@ -143,8 +145,11 @@ class PromptDataset(Dataset):
         shown = {a["category_id"] for a in annotations}
         categories = self._choose_categories(shown, objects, rng)
         texts = [self.split.phrase(c) if c != OUT_OF_DOMAIN else word for c, word in categories]
+        annotated = Counter(a["category_id"] for a in annotations)
         targets = [
-            self._target([o for o in objects if o["category_id"] == c], height, width, place)
+            self._target(
+                [o for o in objects if o["category_id"] == c], annotated[c], height, width, place
+            )
             for c, _ in categories
         ]
         image = torch.from_numpy(photo).permute(2, 0, 1)
@@ -227,13 +232,14 @@ class PromptDataset(Dataset):
     def _target(
         self,
         objects: list[dict[str, Any]],
+        annotated: int,
         height: int,
         width: int,
         place: tuple[int, int, int, bool],
     ) -> dict[str, torch.Tensor]:
-        """Boxes and masks of one prompt's objects on the canvas."""
-        complete = torch.tensor(len(objects) <= self.num_queries)
+        """Boxes and masks of one prompt's objects, of `annotated` ones, on the canvas."""
         objects = sorted(objects, key=lambda o: -o["bbox"][2] * o["bbox"][3])[: self.num_queries]
+        complete = torch.tensor(len(objects) == annotated)
         side, left, top, flip = place
         size = self.image_size
         boxes = torch.zeros(len(objects), 4)

@@ -199,7 +199,8 @@ def _set_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterator[F
             remedy = "the rare ones are learned last: add images of them"
             yield Fault("warning", "imbalance", message, file, None, remedy)
     prompts = payload.get("prompts")
-    prompts = prompts if isinstance(prompts, dict) else {}
+    pairs = prompts.items() if isinstance(prompts, dict) else ()
+    prompts = {key: phrase for key, phrase in pairs if isinstance(phrase, str)}
     for row in rows:
         name = row.get("name")
         phrase = phrase_of(name, prompts) if isinstance(name, str) else ""
@@ -256,7 +257,7 @@ def _category_faults(payload: dict, file: Path) -> Iterator[Fault]:
     first_named: dict[str, str] = {}
     for row in kept_categories(payload):
         name, where = row.get("name"), (file, f"category {row.get('id')}")
-        if not isinstance(name, str) or not name.strip() or UNSAFE.search(name):
+        if not isinstance(name, str) or not phrase_of(name, prompts) or UNSAFE.search(name):
             message = f"expected a category name of printable text, found {shown(name)}"
             yield _fatal("missing key", message, *where, "name it: the name is the prompt")
             continue
@@ -319,20 +320,14 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
         yield Fault("warning", "unlisted images", message, file, None, "they are not used")
 
 
-def outside_links(images_dir: Path, names: Iterable[str]) -> list[Path]:
-    """Returns the images that are symbolic links, or lie in such a folder, to outside."""
-    root = images_dir.resolve()
-    paths = [images_dir / name for name in names]
-    return [path for path in paths if not path.resolve().is_relative_to(root)]
-
-
 def _copy_faults(payload: dict, images_dir: Path, folder: Path) -> Iterator[Fault]:
     """Links to photos elsewhere; the same photo twice in a split, or in another beside it too."""
     names = {clean_name(row.get("file_name")) for row in payload["images"]} - {None}
-    for path in outside_links(images_dir, sorted(names)):
-        message = f"expected a file in the images folder, found a link to {path.resolve()}"
-        yield Fault("error", "link outside", message, path, None, "put the file in its place")
-    here = {images_dir / name for name in names}
+    here, root = {images_dir / name for name in names}, images_dir.resolve()
+    for path in sorted(here):
+        if not path.resolve().is_relative_to(root):
+            message = f"expected a file in the images folder, found a link to {path.resolve()}"
+            yield Fault("error", "link outside", message, path, None, "put the file in its place")
     others = {
         path
         for name in {"train", "val", "valid", "test"} - {folder.name}

@@ -15,6 +15,7 @@ them. An image without an annotation file is left out, with a warning: it may ho
 
 import logging
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
@@ -52,11 +53,14 @@ def read_yolo(yolo_dir: Path, split: str, class_names: list[str] | None = None) 
         segmentation; a polygon's box is that of its points.
 
     Raises:
-        DatasetError: No images or labels, no names, names that differ from those of data.yaml, a
-            line that is not a label. It names the file and the line.
+        DatasetError: No images or labels, keypoints, no names, names that differ from those of
+            data.yaml, a line that is not a label. It names the file and the line.
     """
     yolo_dir = Path(yolo_dir)
     description_file, description = _read_data_yaml(yolo_dir)
+    if "kpt_shape" in description:
+        remedy = "export boxes or polygons"
+        raise problem(description_file, "labels of boxes or polygons", "kpt_shape", remedy)
     names = _class_names(description, description_file, class_names, yolo_dir)
     images_dir, labels_dir = _yolo_folders(yolo_dir, split, description)
     label_files = {
@@ -87,8 +91,8 @@ def _read_data_yaml(yolo_dir: Path) -> tuple[Path | None, dict[str, Any]]:
             continue
         try:
             # The user's file, not one of our configs, which only config.py reads.
-            content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            content = yaml.safe_load(shapes.read_text(path))
+        except (yaml.YAMLError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise DatasetError(f"expected YAML in {path}, found {reason}; correct it") from error
         if isinstance(content, dict) and "names" in content:
@@ -116,8 +120,10 @@ def _class_names(
         raise DatasetError(f"{found}; write a list of class names")
     table = {}
     for key, name in (dict(enumerate(names)) if isinstance(names, list) else names).items():
-        if not str(key).isdecimal() or isinstance(name, bool) or not str(name or "").strip():
-            found = f"expected names in {file} as class: name, found {key!r}: {name!r}"
+        is_name = type(name) in (str, int, float) and str(name).strip()
+        if not str(key).isdecimal() or not is_name:
+            # Not its repr: aliases in YAML make a value of a few lines as long as one likes.
+            found = f"expected names in {file} as class: name, found {key!r}: {reprlib.repr(name)}"
             raise DatasetError(f"{found}; write a list, or 0: name, with quotes round yes and no")
         table[int(key)] = str(name).strip()
     if wanted and wanted != table:
@@ -159,7 +165,9 @@ def _described_folders(yolo_dir: Path, entry: Any, root: Any) -> list[tuple[Path
     tails = [Path(*parts[start:]) for start in range(len(parts))]
     roots = [yolo_dir / root] if isinstance(root, str) else []
     pairs = []
-    for images_dir in [Path(entry), *(base / t for base in [*roots, yolo_dir] for t in tails)]:
+    # As written only if absolute: a path would else be taken from where the command is run.
+    given = [Path(entry)] if Path(entry).is_absolute() else []
+    for images_dir in [*given, *(base / t for base in [*roots, yolo_dir] for t in tails)]:
         # The labels are where the last `images` of the path reads `labels`.
         names = list(images_dir.parts)
         if "images" in names:
@@ -183,7 +191,7 @@ def _check_labels(label_files: dict[Path, Path], images_dir: Path, labels_dir: P
 def _read_labels(file: Path, names: dict[int, str], width: int, height: int) -> list[dict]:
     """The objects of one label file, without ids."""
     objects = []
-    for line_number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for line_number, line in enumerate(shapes.read_text(file).splitlines(), start=1):
         if line.strip():
             where = f"{file}:{line_number}"
             class_index, part = _read_label(line, where, names, width, height)
@@ -268,7 +276,7 @@ def _voc_listed(files: list[Path], voc_dir: Path, xml_dir: Path, split: str) -> 
         raise problem(voc_dir, expected, found, "add the list or choose another --split")
     if chosen is None:
         return files
-    known, stems = set(files), chosen.read_text(encoding="utf-8-sig").split("\n")
+    known, stems = set(files), shapes.read_text(chosen).split("\n")
     named = [xml_dir / f"{stem.strip()}.xml" for stem in stems if stem.strip()]
     for file in named:
         if file not in known:
@@ -396,7 +404,7 @@ def read_via(
     attribute = class_attribute or _via_attribute(entries, class_names, file)
     only_class = None if attribute else (class_names or [None])[0]
     items = _via_items(entries, file, images_dir, attribute, only_class)
-    return shapes.assemble(file, images_dir, items, class_names)
+    return shapes.assemble(file, images_dir, items, class_names, shapes.images_in(images_dir))
 
 
 def _via_entries(file: Path) -> list[tuple[str, list[dict[str, dict]]]]:

@@ -134,7 +134,9 @@ def in_fractions(row: dict, image: dict) -> bool:
     bbox, sides = row.get("bbox"), [image.get(key) for key in ("width", "height")]
     if not is_box(bbox) or not all(map(is_finite, sides)) or min(sides) <= FRACTION_SIDE:
         return False
-    return max(map(abs, bbox)) <= 1 and min(bbox[2:]) > 0
+    # Of an RLE, that of the pixel in the corner is no fraction.
+    is_pixel = bbox == [0, 0, 1, 1] and isinstance(row.get("segmentation"), dict)
+    return max(map(abs, bbox)) <= 1 and min(bbox[2:]) > 0 and not is_pixel
 
 
 def is_box(value: Any) -> bool:

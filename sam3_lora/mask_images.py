@@ -35,6 +35,7 @@ from sam3_lora.coco import (
     encode_mask,
     image_size,
 )
+from sam3_lora.shapes import images_in, listed, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,6 @@ COLOUR_MODES = ("RGB", "RGBA")
 SMALL_MODES = ("1", "L", "P", "LA", "PA")  # PIL's modes of up to 8 bits a value
 LARGE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 MAX_OBJECTS = 10_000  # in a label map; more is a photo taken for one
-LISTED = 5  # file names in a message
 VALUES_LISTED = 12
 
 
@@ -87,18 +87,16 @@ def read_masks(
     table, categories, ignored = _classes(classes, void, kind, whole)
     names = list(categories.values()) if kind == "object" else None
     pairs = _pairs(images_dir, masks_dir, pattern, names)
-    images, annotations, rest, next_id = [], {}, Counter(), 1
+    records, rest = {}, Counter()
     with ThreadPoolExecutor(WORKERS) as pool:
         least = 0 if whole else min_pixels
         read = partial(_read_photo, images_dir, kind, table, ignored, least)
         results = zip(pairs, pool.map(read, pairs.items()), strict=True)
-        for number, (file_name, ((width, height), objects, left)) in enumerate(results, start=1):
-            images.append({"id": number, "file_name": file_name, "width": width, "height": height})
-            annotations[number] = [{"id": next_id + i} | item for i, item in enumerate(objects)]
-            next_id += len(objects)
+        for file_name, (size, objects, left) in results:
+            records[images_dir / file_name] = size, objects
             rest += left
-    _report(rest, next_id - 1, masks_dir, kind, ignored)
-    return CocoSplit(masks_dir, images_dir, images, annotations, categories, {})
+    _report(rest, any(objects for _, objects in records.values()), masks_dir, kind, ignored)
+    return split_of(masks_dir, images_dir, records, categories)
 
 
 def _read_photo(
@@ -168,7 +166,7 @@ def _named_values(classes: list[str] | dict[str, Any] | None, kind: str) -> dict
     """Value, or colour as a number, -> name."""
     if isinstance(classes, list):
         if kind == "colour":
-            found = f"expected a colour for each class, found the names {_listing(classes)}"
+            found = f"expected a colour for each class, found the names {listed(classes)}"
             raise DatasetError(f'{found}; write --classes \'{{"{classes[0]}": "#ff0000"}}\'')
         return dict(enumerate(classes, start=0 if _is_background(classes[0]) else 1))
     named: dict[int, str] = {}
@@ -205,18 +203,11 @@ def _shown(value: int, kind: str) -> str:
     return f"#{value:06x}" if kind == "colour" else str(value)
 
 
-def _listing(paths: Sequence[str]) -> str:
-    """The first of some names, for a message."""
-    return ", ".join(paths[:LISTED]) + (", ..." if len(paths) > LISTED else "")
-
-
 def _files(folder: Path, flag: str) -> list[str]:
     """The image files in a folder and its sub-folders, sorted."""
     if not folder.is_dir():
         raise DatasetError(f"expected a folder at {flag} {folder}, found none; check the path")
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    found = [name for name in names if "/." not in f"/{name}"]  # ._* of macOS, .ipynb_checkpoints
+    found = [path.relative_to(folder).as_posix() for path in images_in(folder)]
     if not found:
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
         raise DatasetError(f"expected files {kinds} in {folder}, found none; check {flag}")
@@ -274,7 +265,7 @@ def _pairs(
     bare = [photo for photo in photos if photo not in pairs]
     for what, left in (("images without a mask", bare), ("masks without an image", orphans)):
         if left:
-            logger.warning("skipped %d %s: %s", len(left), what, _listing(left))
+            logger.warning("skipped %d %s: %s", len(left), what, listed(left))
     return {photo: pairs[photo] for photo in photos if photo in pairs}
 
 
@@ -436,7 +427,7 @@ def _records(labels: np.ndarray, kept: np.ndarray, category_id: int) -> list[dic
     return records
 
 
-def _report(rest: Counter, objects: int, masks_dir: Path, kind: str, ignored: set[int]) -> None:
+def _report(rest: Counter, any_object: bool, masks_dir: Path, kind: str, ignored: set[int]) -> None:
     """Warns of small parts; raises where values have no name, or where there is no object."""
     left_out, specks = rest.pop("left out", 0), rest.pop("specks", 0)
     if left_out:
@@ -445,17 +436,17 @@ def _report(rest: Counter, objects: int, masks_dir: Path, kind: str, ignored: se
         message = "%d parts of classes have under %d pixels; --min_pixels %d leaves such out"
         logger.warning(message, specks, SPECK, SPECK)
     if rest:
-        listed = [f"{_shown(v, kind)} ({rest[v]} pixels)" for v in sorted(rest)[:VALUES_LISTED]]
+        values = [f"{_shown(v, kind)} ({rest[v]} pixels)" for v in sorted(rest)[:VALUES_LISTED]]
         more = ", ..." if len(rest) > VALUES_LISTED else ""
         first = _shown(min(rest), kind)
         example = f'{{"name": "{first}"}}' if kind == "colour" else f'{{"{first}": "name"}}'
         void = ",".join(_shown(v, kind) for v in sorted(ignored | {min(rest)}))
         raise DatasetError(
             f"expected a name for each value in {masks_dir}, found none for {len(rest)}: "
-            f"{', '.join(listed)}{more}; name them, --classes '{example}', or leave them out, "
+            f"{', '.join(values)}{more}; name them, --classes '{example}', or leave them out, "
             f'--void "{void}"; if each value is an object, pass --kind instance'
         )
-    if not objects:
+    if not any_object:
         void = "".join(f", {_shown(v, kind)} (void)" for v in sorted(ignored))
         found = f"expected objects in {masks_dir}, found only 0{void}"
         remedy = "check --masks_dir"

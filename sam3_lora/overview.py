@@ -17,19 +17,34 @@ FAULTS_LISTED = 5  # of each kind
 EMPTY_LISTED = 10  # categories without an object; of more, the summary gives the number
 
 
+def _count(split: CocoSplit) -> tuple[dict[str, int], Counter]:
+    """How many a split holds of what, and the objects of each category by id."""
+    objects = [item for items in split.annotations.values() for item in items]
+    totals = {
+        "images": len(split.images),
+        "empty_images": sum(not items for items in split.annotations.values()),
+        "objects": len(objects),
+        "masks": sum(item["segmentation"] is not None for item in objects),
+        "crowds": sum(item["iscrowd"] for item in objects),
+    }
+    return totals, Counter(item["category_id"] for item in objects)
+
+
+def _count_levels(faults: list[Fault]) -> dict[str, int]:
+    """How many faults are errors and how many warnings."""
+    errors = sum(fault.level == "error" for fault in faults)
+    return {"errors": errors, "warnings": len(faults) - errors}
+
+
 def summary(split: CocoSplit) -> str:
     """Returns the counts of a split, a line for the whole and one for each category.
 
     Categories without an object share one line where there are many.
     """
-    objects = [item for items in split.annotations.values() for item in items]
-    empty = sum(not items for items in split.annotations.values())
-    masks = sum(item["segmentation"] is not None for item in objects)
-    crowds = sum(item["iscrowd"] for item in objects)
-    count = Counter(item["category_id"] for item in objects)
+    totals, count = _count(split)
     lines = [
-        f"images      {len(split.images)} ({empty} without an object)",
-        f"objects     {len(objects)} ({masks} with a mask, {crowds} crowds)",
+        "images      {images} ({empty_images} without an object)".format(**totals),
+        "objects     {objects} ({masks} with a mask, {crowds} crowds)".format(**totals),
         f"categories  {len(split.categories)}",
     ]
     absent = sum(category_id not in count for category_id in split.categories)
@@ -55,26 +70,17 @@ def fault_report(faults: list[Fault]) -> str:
         lines.extend(f"  {fault}" for fault in group[:FAULTS_LISTED])
         if len(group) > FAULTS_LISTED:
             lines.append(f"  ... and {len(group) - FAULTS_LISTED} more")
-    errors = sum(fault.level == "error" for fault in faults)
-    lines.append(f"errors {errors}, warnings {len(faults) - errors}")
+    lines.append("errors {errors}, warnings {warnings}".format(**_count_levels(faults)))
     return "\n".join(lines) + "\n"
 
 
 def json_report(file: Path, split: CocoSplit | None, faults: list[Fault]) -> dict[str, Any]:
     """Returns the counts (None of a split that cannot be read) and the faults of a split."""
-    errors = sum(fault.level == "error" for fault in faults)
-    report = {"annotations_file": str(file), "counts": None, "errors": errors}
-    report["warnings"] = len(faults) - errors
+    report = {"annotations_file": str(file), "counts": None, **_count_levels(faults)}
     if split is not None:
-        objects = [item for items in split.annotations.values() for item in items]
-        per_category = Counter(item["category_id"] for item in objects)
-        report["counts"] = {
-            "images": len(split.images),
-            "empty_images": sum(not items for items in split.annotations.values()),
-            "objects": len(objects),
-            "masks": sum(item["segmentation"] is not None for item in objects),
-            "categories": {name: per_category[key] for key, name in split.categories.items()},
-        }
+        totals, count = _count(split)
+        named = {name: count[key] for key, name in split.categories.items()}
+        report["counts"] = totals | {"categories": named}
     keys = ("level", "kind", "message", "id", "remedy")
     rows = [{key: getattr(f, key) for key in keys} | {"file": str(f.file)} for f in faults]
     return report | {"faults": rows}
@@ -85,7 +91,7 @@ def preview(split: CocoSplit) -> np.ndarray:
 
     Images that cannot be read are left out, and told.
     """
-    counts = Counter(item["category_id"] for items in split.annotations.values() for item in items)
+    _, counts = _count(split)
     order = sorted(split.categories, key=lambda category_id: -counts[category_id])
     colors = {category_id: k for k, category_id in enumerate(order)}
     kinds = [{a["category_id"] for a in split.annotations[image["id"]]} for image in split.images]

@@ -163,7 +163,7 @@ def _mend_shape(row: dict, done: Counter) -> bool:
     if "flat polygon" in kinds:
         row["segmentation"] = [part for part in segmentation_of(row) if not is_flat(part)]
         done["masks without their parts of no area"] += 1
-    if kinds & {"polygon", "RLE", "flat polygon", "not a number", "box off mask", "bbox"}:
+    if kinds & {"polygon", "RLE", "flat polygon", "not a number"}:
         row.pop("area", None)
         done["areas computed anew"] += 1
     if "empty mask" in kinds:
@@ -184,4 +184,5 @@ def _mend_shape(row: dict, done: Counter) -> bool:
             return False
         done["boxes clipped to the image"] += 1
     row["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+    row.pop("area", None)  # without a mask it was that of the box before
     return True

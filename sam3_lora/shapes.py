@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -31,13 +31,14 @@ from sam3_lora.coco import (
     image_size,
     mask_area,
 )
+from sam3_lora.faults import UNSAFE, clean_name
+from sam3_lora.geometry import COORDINATE_LIMIT, POINT_LIMIT, is_flat
 
 logger = logging.getLogger(__name__)
 
-FARTHEST = 1e5  # pixels; a coordinate beyond it is of no image
-POLYGON_POINTS = 10**5  # of an outline drawn pixel by pixel; more is a fault or an attack
 RING_POINTS = 72  # of the polygon of an ellipse: 99.9 % of its area
-XML_BYTES, JSON_BYTES = 2**24, 2**29  # a VIA file is a whole data set, LabelMe's hold an image
+TEXT_BYTES = XML_BYTES = 2**24  # of the annotations of one image
+JSON_BYTES = 2**29  # a VIA file is a whole data set, LabelMe's hold an image
 NAMES_LISTED = 5
 REDRAW = "draw it again or remove it"
 
@@ -97,7 +98,7 @@ def assemble(
         if told and told != size:
             other_size.append(f"{name} is {size[0]} x {size[1]}, not {told[0]} x {told[1]}")
         records[path] = size, [_record(*item, size, class_names) for item in objects]
-    _report_missing(source, images_dir, len(records), missing)
+    report_missing(source, images_dir, len(records), missing)
     _warn("%d images differ in size from their annotation, check their objects: %s", other_size)
     bare = [str(path) for path in expected if path not in records]
     _warn("left out %d images without an annotation, which may hold objects: %s", bare)
@@ -141,14 +142,18 @@ def _warn(message: str, names: list[str]) -> None:
         logger.warning(message, len(names), listed(names))
 
 
-def _report_missing(
+def report_missing(
     source: Path, images_dir: Path, present: int, missing: list[tuple[str, int]]
 ) -> None:
-    """Warns of images that are absent; refuses a source of which all are."""
+    """Warns of absent images, (name, number of objects); refuses a source of which all are.
+
+    Raises:
+        DatasetError: None is present.
+    """
     names = [name for name, _ in missing]
     if not present:
         found = f"none of {len(missing)}: {listed(names)}"
-        raise problem(source, f"images in {images_dir}", found, "put them there")
+        raise problem(source, f"images in {images_dir}", found, "put them there; check the path")
     if missing:
         message = "skipped %d of %d images, which are not in %s, and their %d objects: %s"
         objects, total = sum(count for _, count in missing), len(missing) + present
@@ -158,13 +163,22 @@ def _report_missing(
 def split_of(
     source: Path, images_dir: Path, records: Records, categories: dict[int, str]
 ) -> CocoSplit:
-    """Returns the split of records, images in the order of their paths, with ids from 1."""
+    """Returns the split of records, images in the order of their paths, with ids from 1.
+
+    Raises:
+        DatasetError: A name that `read_coco` would refuse or read as another.
+    """
+    for name in filter(UNSAFE.search, categories.values()):
+        raise problem(source, "class names of printable text", ascii(name), "rename the class")
     images: list[dict[str, Any]] = []
     annotations: dict[int, list[dict[str, Any]]] = {}
     next_id = 1
     for number, path in enumerate(sorted(records), start=1):
         (width, height), objects = records[path]
         file_name = path.relative_to(images_dir).as_posix()
+        if clean_name(file_name) != file_name:
+            found = ascii(file_name)
+            raise problem(images_dir, "file names of printable text", found, "rename the file")
         images.append({"id": number, "file_name": file_name, "width": width, "height": height})
         annotations[number] = [{"id": next_id + i} | item for i, item in enumerate(objects)]
         next_id += len(objects)
@@ -200,14 +214,14 @@ def geometry(parts: list[Part], width: int, height: int, where: str) -> dict[str
             found = f"{low[0]:g}, {low[1]:g} to {high[0]:g}, {high[1]:g}"
             raise problem(where, "an object with width and height > 0", found, "remove it")
         polygons.append([float(v) for point in _clip(value, width, height) for v in point])
-    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6 and not is_flat(polygon)]
     xs, ys = ([v for polygon in polygons for v in polygon[axis::2]] for axis in (0, 1))
     if mask is not None:
         mask |= decode_mask(polygons, height, width) if polygons else False
         xs, ys = (_span(mask.any(axis=axis)) for axis in (0, 1))
-    if not xs or min(xs) >= max(xs) or min(ys) >= max(ys):
+    if not xs:
         remedy = "remove it, or annotate the image that is on disk"
-        raise problem(where, f"pixels inside the {width} x {height} image", "none", remedy)
+        raise problem(where, f"an area inside the {width} x {height} image", "none", remedy)
     bbox = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
     segmentation, area = polygons, bbox[2] * bbox[3]
     if mask is not None:
@@ -267,8 +281,8 @@ def mask(text: Any, left: int, top: int, right: int, bottom: int, where: str) ->
 
 def polygon(points: list[tuple[float, float]], where: str) -> Part:
     """Returns the part of a polygon; raises DatasetError for fewer than 3 points, or too many."""
-    if not 3 <= len(points) <= POLYGON_POINTS:
-        expected = f"a polygon of 3 to {POLYGON_POINTS} points"
+    if not 3 <= len(points) <= POINT_LIMIT:
+        expected = f"a polygon of 3 to {POINT_LIMIT} points"
         raise problem(where, expected, str(len(points)), REDRAW)
     return "polygon", points
 
@@ -352,9 +366,10 @@ def coordinate(value: Any, name: str, where: str) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= FARTHEST:
+    if not abs(number) <= COORDINATE_LIMIT:
         found = repr(str(value)[:40])
-        raise problem(where, f"{name} as a number, {FARTHEST:g} pixels at most", found, remedy)
+        expected = f"{name} as a number, {COORDINATE_LIMIT:g} pixels at most"
+        raise problem(where, expected, found, remedy)
     return number
 
 
@@ -366,14 +381,18 @@ def class_name(value: Any, where: str) -> str:
     return name
 
 
-def is_image(path: Path) -> bool:
-    """Returns whether a path is named as an image, macOS resource files (`._*`) not being any."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Returns the files of a folder and its sub-folders that end so, sorted.
+
+    What is hidden is not: resource files of macOS (`._*`), copies in `.ipynb_checkpoints`.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes]
+    return [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
 
 def images_in(folder: Path) -> list[Path]:
     """Returns the images of a folder, those of its sub-folders too, sorted."""
-    return [path for path in sorted(folder.rglob("*")) if is_image(path)]
+    return files_in(folder, IMAGE_SUFFIXES)
 
 
 def by_stem(images: list[Path]) -> dict[Path, list[Path]]:
@@ -390,8 +409,9 @@ def image_of(by_stem: dict[Path, list[Path]], folder: Path, name: str, file: Pat
     Raises:
         DatasetError: Several images have the stem.
     """
-    if name and is_image(folder / name) and (folder / name).is_file():
-        return folder / name
+    path = folder / name
+    if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        return path
     paths = by_stem.get(folder / file.stem, [])
     if len(paths) > 1:
         found = listed([path.name for path in paths])
@@ -403,8 +423,7 @@ def annotation_files(folder: Path, suffix: str, flag: str) -> list[Path]:
     """Returns the annotation files in a folder, sorted; raises DatasetError without any."""
     if not folder.is_dir():
         raise DatasetError(f"expected the folder {folder}, found none; check {flag}")
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() == suffix]
-    files = [file for file in files if not file.name.startswith(".") and file.is_file()]
+    files = files_in(folder, {suffix})
     if not files:
         raise DatasetError(f"expected {suffix} files in {folder}, found none; check {flag}")
     return files
@@ -420,6 +439,14 @@ def _read(file: Path, limit: int) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise problem(file, "annotations", str(error.strerror), "check the path") from error
+
+
+def read_text(file: Path) -> str:
+    """Returns a text file's content; raises DatasetError for one absent, huge or not in UTF-8."""
+    try:
+        return _read(file, TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise problem(file, "text in UTF-8", str(error), "save it in that encoding") from error
 
 
 def read_json(file: Path) -> Any:

@@ -18,6 +18,7 @@ from sam3_lora.coco import DatasetError
 def test_write_is_all_or_nothing(tmp_path):
     source = coco.read_split(write(tmp_path / "in", payload()))
     (tmp_path / "out" / "train" / "images").mkdir(parents=True)  # as `create` leaves it
+    (tmp_path / "out" / "train" / ".DS_Store").write_text("")  # as looking at it leaves it
     folder = write_again(source, tmp_path / "out")
     (folder / "mine.txt").write_text("kept")
     with pytest.raises(DatasetError, match="of this source, found annotations.json, .*--overwrite"):
@@ -39,6 +40,16 @@ def test_write_never_replaces_its_own_source(tmp_path):
     with pytest.raises(DatasetError, match="expected the source images outside"):
         write_again(source, tmp_path / "data", overwrite=True)
     assert (tmp_path / "data" / "train" / "images" / "a.png").is_file()
+
+
+def test_a_split_that_is_a_link_is_not_replaced(tmp_path):
+    source = coco.read_split(write(tmp_path / "in", payload()))
+    for folder in ("disk", "out"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "out" / "train").symlink_to(tmp_path / "disk")
+    with pytest.raises(DatasetError, match="expected a folder at .*train, found a link; move it"):
+        write_again(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
 
 
 def inodes(folder: Path) -> list[int]:

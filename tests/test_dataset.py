@@ -162,9 +162,9 @@ def test_a_crowd_beside_an_object_leaves_the_object(tmp_path):
     rows = [*ANNOTATIONS, annotation(3, 3, (60, 20, 20, 20))]
     item = make(read_split(write_split(tmp_path / "train", rows)))[0, 2]
     assert item["category_ids"][:2] == [2, 3]
-    centre = item["targets"][1]["boxes_cxcywh"]
-    assert len(centre) == 1
+    assert len(item["targets"][1]["boxes_cxcywh"]) == 1
     assert item["targets"][1]["has_mask"].tolist() == [True]
+    assert [bool(target["complete"]) for target in item["targets"][:2]] == [True, False]
 
 
 def test_images_without_objects_are_negative_rows(split):

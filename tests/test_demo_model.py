@@ -125,6 +125,7 @@ def test_a_model_takes_over_what_does_not_begin_anew(demo_model, pretraining, tm
     assert torch.equal(model.geometry_encoder.boxes_direct_project.weight, fresh)
     for name, value in earlier.state_dict().items():
         assert name.startswith("geometry_encoder") or torch.equal(model.state_dict()[name], value)
+    assert demo_model.main(["--output_dir", str(tmp_path / "new"), "--renew", "geometry"]) == 2
 
 
 def test_the_shipped_folder_loads_as_the_hub_s_would_and_is_small():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "TRAINING_GUIDE.md")
+DOCUMENTS = ("README.md", "TRAINING_GUIDE.md", "data/README.md", "demo/sam3_tiny/README.md")
 
 
 def find_commands(text: str) -> Iterator[list[str]]:

@@ -129,6 +129,7 @@ FATAL = [
     ("categories", {"id": 2}, "duplicate id", "expected unique category ids, found 2 2 times"),
     ("categories", {"id": 2.5}, "missing key", "every category to have an id"),
     ("categories", {"name": ""}, "missing key", "category name of printable text, found ''"),
+    ("categories", {"name": "_-_"}, "missing key", "category name of printable text, found '_-_'"),
     ("categories", {"name": "a\0"}, "missing key", "category name of printable text"),
     ("categories", {"name": ["a"]}, "missing key", r"printable text, found \['a'\]"),
     (None, {"images": []}, "no images", "expected at least one image, found 0"),
@@ -136,6 +137,7 @@ FATAL = [
     (None, {"prompts": ["a"]}, "prompts", r"prompts \{.*\}, found list"),
     (None, {"prompts": {"cart": "x"}}, "prompts", "did you mean 'car'"),
     (None, {"prompts": {"car": " "}}, "prompts", "expected a phrase for 'car' in prompts"),
+    (None, {"prompts": {"car": 5}}, "prompts", "expected a phrase for 'car' in prompts, found 5"),
     (None, {"images": None}, "file", 'expected a list of objects under "images"'),
     (None, {"annotations": [3]}, "file", 'expected a list of objects under "annotations"'),
 ]
@@ -202,6 +204,15 @@ def test_warnings_of_a_shape(tmp_path, changes, kind, message):
         ("warning", kind, "annotation 1")
     ]
     assert matches(message, found[0]) and found[0].remedy
+
+
+def test_an_object_of_the_pixel_in_the_corner_has_no_fault(tmp_path):
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[0, 0] = True
+    content = payload()
+    changes = {"bbox": [0.0, 0.0, 1.0, 1.0], "segmentation": coco.encode_mask(mask), "area": 1}
+    content["annotations"][0] |= changes
+    assert report(write(tmp_path, content)) == []
 
 
 def test_a_sound_set_has_no_fault(tmp_path):

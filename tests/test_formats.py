@@ -1,6 +1,7 @@
 """Readers of other formats against the same objects written as COCO, on data made here."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,13 @@ def write_yolo(folder: Path, layout: str, split: str = "train", lines: list[str]
     for name in names:
         Image.new("RGB", (WIDTH, HEIGHT)).save(kinds["images"] / name)
     (kinds["images"] / "._a.jpg").write_text("junk")
+    if layout != "flat":
+        (kinds["images"] / ".ipynb_checkpoints").mkdir()
+        shutil.copyfile(kinds["images"] / "a.jpg", kinds["images"] / ".ipynb_checkpoints/a-2.jpg")
     lines = (
         [label(i % 2, polygon) for i, polygon in enumerate(POLYGONS)] if lines is None else lines
     )
-    (kinds["labels"] / "a.txt").write_text("\n".join(lines) + "\n")
+    (kinds["labels"] / "a.txt").write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
     (kinds["labels"] / "b.txt").write_text("")
     return kinds
 
@@ -97,6 +101,7 @@ LINES = [
     ("0 40 30 20 10", "expected fractions .* 0 to 1, found 40 .*divide pixels"),
     ("0 0.5 0.5 0.2 0", "width and height > 0, found '0 0.5 0.5 0.2 0'"),
     ("0 0.5 0.5 -0.005 0.1", "width and height > 0"),
+    ("0 0.5 0.5 0.2 0.2 \udcff", "expected text in UTF-8, .*train/labels/a.txt.; save it"),
 ]
 
 
@@ -111,7 +116,7 @@ def test_a_line_that_is_no_label(tmp_path, line, message):
     [
         ("[person, car]", {1: "person", 2: "car"}),
         ("{0: person, 1: car, 5: dog}", {1: "person", 2: "car", 6: "dog"}),
-        ("{'0': person, '1': 7}", {1: "person", 2: "7"}),
+        ("{'0': person, '1': 7, 2: 0}", {1: "person", 2: "7", 3: "0"}),
     ],
 )
 def test_names_of_data_yaml(tmp_path, names, categories):
@@ -126,7 +131,10 @@ def test_names_of_data_yaml(tmp_path, names, categories):
         ("[no, car]", "expected names in .*data.yaml as class: name, found 0: False"),
         ("{a: b}", "found 'a': 'b'"),
         ("3", "found 3; write a list"),
+        ("[" * 5000, "expected YAML in .*data.yaml, found"),
+        ("[&a [x, x], &b [*a, *a], [*b, *b]]", r"found 0: \['x', 'x'\]; write a list"),
         ("[a, b", "expected YAML in .*data.yaml, found"),
+        ("[person, car]\nkpt_shape: [5, 2]", "expected labels of boxes or polygons, found kpt_sh"),
         ("[car, person]", r"--classes to agree with .*data.yaml, found \['person', 'car'\]"),
     ],
 )
@@ -155,8 +163,10 @@ def test_val_is_valid(tmp_path, layout, folder, split):
     "entry",
     ["../part/images", "part\\images", "part/images", "D:\\sets\\part\\images"],
 )
-def test_data_yaml_says_where(tmp_path, entry):
+def test_data_yaml_says_where(tmp_path, entry, monkeypatch):
     write_yolo(tmp_path, "split/images", "part")
+    write_yolo(tmp_path / "elsewhere", "split/images", "part", [])
+    monkeypatch.chdir(tmp_path / "elsewhere")  # of the same layout
     (tmp_path / "data.yaml").write_text(f"names: [person, car]\ntrain: '{entry}'\n")
     assert len(read_yolo(tmp_path, "train").annotations[1]) == 3
 

@@ -347,6 +347,7 @@ def test_via_projects_and_absent_images(photos, caplog):
         split = read_via(file, photos)
     assert [image["file_name"] for image in split.images] == ["a.jpg"]
     assert "skipped 1 of 2 images, which are not in" in caplog.text and "gone.png" in caplog.text
+    assert "left out 2 images without an annotation" in caplog.text
 
 
 SQUARE = [[1, 1], [9, 1], [9, 9]]
@@ -354,7 +355,7 @@ LABELME_FAULTS = [
     (shape("polygon", SQUARE[:2]), "3 to 100000 points, found 2 .*a.json, shape 1.; draw"),
     (shape("rectangle", SQUARE), "a rectangle of 2 points, found 3"),
     (shape("rectangle", [[1, 5], [9, 5]]), "width and height > 0, found 1, 5 to 9, 5 .*; remove"),
-    (shape("rectangle", [[90, 5], [99, 9]]), "pixels inside the 80 x 60 image, found none"),
+    (shape("rectangle", [[90, 5], [99, 9]]), "an area inside the 80 x 60 image, found none"),
     (shape("circle", [[5, 5], [5, 5]]), "a radius > 0, found 0"),
     (shape("cuboid", SQUARE), "a polygon, rectangle, circle or mask, found 'cuboid'"),
     (shape(["polygon"], SQUARE), "circle or mask, found .'polygon'."),
@@ -368,7 +369,7 @@ LABELME_FAULTS = [
     (shape("mask", [[1, 1], [3, 3]], mask="AAAA"), "a mask, a PNG in base64, found cannot"),
     (shape("mask", [[1, 1], [3, 3]], mask=png(np.ones((2, 3)))), "fills 1, 1 to 3, 3, found 3 x 2"),
     (shape("mask", [[-1, 0], [1, 2]], mask=png(np.ones((3, 3)))), "a mask that fills -1, 0"),
-    (shape("mask", [[1, 1], [3, 3]], mask=png(np.zeros((3, 3)))), "pixels inside .* found none"),
+    (shape("mask", [[1, 1], [3, 3]], mask=png(np.zeros((3, 3)))), "an area inside .* found none"),
 ]
 
 
@@ -387,7 +388,7 @@ VOC_FAULTS = [
     (voc_object("car", 9, 1, 5, 5), "xmin <= xmax and ymin <= ymax, found 9, 1 to 5, 5"),
     (voc_object("car", 1, 1, "five", 5), "xmax as a number, .* found 'five'"),
     (voc_object("car", 1, "NaN", 5, 5), "ymin as a number, .* found 'NaN'"),
-    (voc_object("car", 100, 1, 120, 5), "pixels inside the 80 x 60 image, found none"),
+    (voc_object("car", 100, 1, 120, 5), "an area inside the 80 x 60 image, found none"),
     (voc_object("cat", 1, 1, 5, 5), "a class of car, person, found 'cat'"),
 ]
 

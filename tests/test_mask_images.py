@@ -426,9 +426,10 @@ def masks_command(folder: Path, *more: str) -> list[str]:
 def test_command(tmp_path, capsys):
     write_photo(tmp_path)
     save(index_map(), tmp_path / "masks" / "a.png")
-    table = tmp_path / "classes.json"
-    table.write_text('{"1": "road", "2": "car"}')
+    (table := tmp_path / "classes.json").write_text('{"1": "road", "2": "car"}')
     written = []
+    many = ",".join(["road, car", *map(str, range(3, 900))])  # longer than a path may be
+    assert prepare_data.main(masks_command(tmp_path, "--classes", many, "--void", "255,9")) == 0
     for classes in ("road, car", table.read_text(), str(table)):
         command = masks_command(tmp_path, "--classes", classes, "--overwrite", "--void", "255,9")
         assert prepare_data.main([*command, "--prompts", '{"car": "parked car"}']) == 0

@@ -1,5 +1,6 @@
 """The commands of prepare_data.py: what they write, print, refuse and return."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -128,6 +129,7 @@ def test_prompts(raw, as_file, capsys):
         ('{"car": 3}', "expected a phrase for 'car' in prompts, found 3"),
         ('{"car"', "expected --prompts as JSON"),
         ("absent.json", "JSON or as a file of it, found 'absent.json', neither"),
+        ("x" * 5000, "JSON or as a file of it"),
     ],
 )
 def test_prompts_that_are_refused(raw, prompts, message, capsys):
@@ -141,7 +143,7 @@ def test_wrong_images_dir(raw, capsys):
     command[command.index("--images_dir") + 1] = str(raw / "nowhere")
     assert prepare_data.main(command) == 2
     err = capsys.readouterr().err
-    assert "found none of 3" in err and "check --images_dir" in err
+    assert "found none of 3: a" in err and "check the path" in err
     assert len(err.splitlines()) == 1
 
 
@@ -204,6 +206,14 @@ def test_many_categories_without_an_object_share_a_line(raw, count, capsys):
     out = capsys.readouterr().out
     assert ("  11 categories without an object\n" in out) == (count > 10)
     assert out.count("thing") == (count if count <= 10 else 0) and "1  car\n" in out
+
+
+def test_names_that_the_output_has_no_letters_for(raw, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # a file's on Windows
+    monkeypatch.setattr(sys, "stdout", output)
+    assert prepare_data.main([*coco_command(raw), "--prompts", '{"car": "\u8eca"}']) == 0
+    output.flush()
+    assert rb'prompted as "\u8eca"' in output.buffer.getvalue()
 
 
 def test_validate_refuses_two_categories_of_one_prompt(raw, capsys):

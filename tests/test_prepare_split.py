@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -118,3 +119,11 @@ def test_all_splits_or_none(command, tmp_path, capsys):
     assert prepare_data.main([*command, "--overwrite"]) == 2
     assert "gone.png, found none; put the file itself there" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "test"]
+
+
+def test_many_names_and_labels_take_seconds():
+    draw = random.Random(0)
+    names = {str(i): {draw.randrange(2000) for _ in range(4)} for i in range(20_000)}
+    started = time.perf_counter()
+    assert len(prepare_data.divide_names(names, THIRDS, 0)) == len(names)
+    assert time.perf_counter() - started < 10

@@ -114,6 +114,11 @@ def test_a_polygon_of_a_million_points_is_refused():
         shapes.polygon([(1.0, 1.0)] * 10**6, "here")
 
 
+def test_a_polygon_along_a_line_is_refused():
+    with pytest.raises(DatasetError, match="an area inside the 9 x 9 image, found none .here."):
+        shapes.geometry([("polygon", [(1, 1), (4, 4), (7, 7)])], 9, 9, "here")
+
+
 def test_an_ellipse_has_the_area_of_one():
     part = shapes.ellipse(50, 40, 30, 10, 0.5, "here")
     item = shapes.geometry([part], 100, 80, "here")
@@ -123,3 +128,17 @@ def test_an_ellipse_has_the_area_of_one():
 def test_a_mask_beyond_the_image_is_cut():
     item = shapes.geometry([("mask", (8, 5, np.ones((4, 6), bool)))], 10, 7, "here")
     assert item["bbox"] == [8, 5, 2, 2] and item["area"] == 4
+
+
+@pytest.mark.parametrize(
+    ("file_name", "name", "message"),
+    [
+        ("a\udce9.png", "car", r"file names of printable text, found 'a\\udce9.png' .*; rename"),
+        ("a\\b.png", "car", "file names of printable text"),
+        ("a.png", "car\n", r"class names of printable text, found 'car\\n' .*; rename the class"),
+    ],
+)
+def test_names_that_would_be_read_as_others_are_refused(tmp_path, file_name, name, message):
+    records = {tmp_path / file_name: ((4, 3), [])}
+    with pytest.raises(DatasetError, match=message):
+        shapes.split_of(tmp_path, tmp_path, records, {1: name})
