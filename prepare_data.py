@@ -23,10 +23,9 @@ import json
 import logging
 import math
 import os
-import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,7 +44,7 @@ from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.drawing import save_picture
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 from sam3_lora.mask_images import KINDS, read_masks
-from sam3_lora.overview import fault_report, json_report, preview, summary
+from sam3_lora.overview import divide_names, fault_report, json_report, preview, summary
 from sam3_lora.repair import mend_split
 from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
 from sam3_lora.shapes import report_missing
@@ -53,6 +52,8 @@ from sam3_lora.shapes import report_missing
 logger = logging.getLogger("prepare_data")
 
 SPLITS = ("train", "val", "valid", "test")
+SEARCHED = ("yolo_dir", "voc_dir", "labelme_dir", "masks_dir")  # flags of folders read as a whole
+SOURCES = (*SEARCHED, "coco_json", "via_json", "images_dir")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -324,6 +325,7 @@ def read_json(flag: str, text: str, form: str) -> Any:
 
 def convert(args: argparse.Namespace) -> None:
     """Reads the source, writes the split and prints what it holds."""
+    refuse_own_source(args)
     source = read_source(args)
     source = dataclasses.replace(source, prompts=read_prompts(args.prompts, source))
     write_and_report({args.split: source}, args)
@@ -332,6 +334,17 @@ def convert(args: argparse.Namespace) -> None:
         args.output_dir,
         args.split,
     )
+
+
+def refuse_own_source(args: argparse.Namespace) -> None:
+    """Raises DatasetError where the split would replace its source, or be part of it."""
+    target = split_dir(args.output_dir, args.split).resolve()
+    for flag in SOURCES:
+        source = getattr(args, flag, None) and getattr(args, flag).resolve()
+        inside = source and source.is_relative_to(target)
+        if inside or (source and flag in SEARCHED and target.is_relative_to(source)):
+            found = f"expected the split apart from --{flag} {source}, found {target}"
+            raise DatasetError(f"{found}; name another --output_dir")
 
 
 def write_and_report(splits: Mapping[str, CocoSplit], args: argparse.Namespace) -> None:
@@ -354,43 +367,6 @@ def read_fractions(text: str) -> dict[str, float]:
     return {name: value for name, value in pairs if value > 0}
 
 
-def divide_names(
-    labels: Mapping[str, Collection[int]], fractions: Mapping[str, float], seed: int
-) -> dict[str, str]:
-    """Divides names so that each label's share in a split is near the split's fraction.
-
-    Iterative stratification: the names of the rarest label first, each to the split that lacks most
-    of that label, of equal ones to that which lacks most names. Source: Sechidis, Tsoumakas and
-    Vlahavas, On the Stratification of Multi-Label Data (2011), algorithm 1.
-
-    Args:
-        labels: Name -> its labels; their order does not matter.
-        fractions: Split -> fraction of the names, above 0.
-        seed: Of the order in which the names of a label are taken.
-
-    Returns:
-        Name -> split, for every name.
-    """
-    names = sorted(labels)
-    random.Random(seed).shuffle(names)
-    holders: dict[int | None, list[str]] = {}  # of each label; under None all names
-    for name in names:
-        for key in {None, *labels[name]}:
-            holders.setdefault(key, []).append(name)
-    left = {key: len(held) for key, held in holders.items()}
-    lacks = {s: {key: f * number for key, number in left.items()} for s, f in fractions.items()}
-    chosen: dict[str, str] = {}
-    while left:
-        rarest = min(left, key=lambda key: (key is None, left[key], key))
-        for name in (name for name in holders[rarest] if name not in chosen):
-            chosen[name] = max(fractions, key=lambda s: (lacks[s][rarest], lacks[s][None]))
-            for key in {None, *labels[name]}:
-                lacks[chosen[name]][key] -= 1
-                left[key] -= 1
-        del left[rarest]
-    return chosen
-
-
 def divide_split(args: argparse.Namespace) -> None:
     """Divides an annotated split by image, and writes all parts or none."""
     fractions = read_fractions(args.fractions)
@@ -404,6 +380,10 @@ def divide_split(args: argparse.Namespace) -> None:
     if empty:
         found = f"expected an image for each split, found none of {len(labels)} for {empty[0]}"
         raise DatasetError(f"{found}; raise its part of --fractions {args.fractions}, or make it 0")
+    for split in {"train", "val", "test"} - set(fractions):
+        if split_dir(args.output_dir, split).exists():
+            stays = split_dir(args.output_dir, split)
+            logger.warning("%s stays as it is: its photos may be in the new splits too", stays)
     parts = {}
     for split in fractions:
         images = [image for image in source.images if chosen[image["file_name"]] == split]
@@ -419,6 +399,7 @@ def validate(args: argparse.Namespace) -> int:
         2 if the split, or with `--fix` its copy, has an error, else 0.
     """
     annotations_file, images_dir = find_split(split_dir(args.data_dir, args.split))
+    check_preview(args.preview, args.data_dir)
     count_tokens = token_counter(args.model_name)
     faults = find_faults(annotations_file, images_dir, count_tokens)
     fatal = any(fault.fatal for fault in faults)
@@ -446,6 +427,17 @@ def validate(args: argparse.Namespace) -> int:
         save_picture(preview(split), args.preview)
         logger.info("preview: %s", args.preview)
     return 2 if any(fault.level == "error" for fault in faults) else 0
+
+
+def check_preview(path: Path | None, data_dir: Path) -> None:
+    """Raises ConfigError unless a picture can be written there without harm to the data."""
+    folders = [split_dir(data_dir, split).resolve() for split in SPLITS]
+    if path is None:
+        return
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ConfigError(f"--preview: expected a file name that ends in .png, found '{path}'")
+    if any(path.resolve().is_relative_to(folder) for folder in folders):
+        raise ConfigError(f"--preview: expected a file outside the data, found {path}; move it")
 
 
 def token_counter(model_name: str | None) -> Callable[[str], int] | None:

@@ -8,7 +8,7 @@ faults      what can be wrong with a COCO file and its images
 images      image files: size, pixels, which are refused
 geometry    polygons, RLE and boxes as numbers: what is unusable, where they lie
 repair      mends a split, into a copy
-overview    a split at a glance: counts, faults, a contact sheet
+overview    a split as a whole: counts, faults, a contact sheet, its division
 formats     readers of other annotation formats, into COCO records
 shapes      what those readers find: shapes, classes, files, and their records
 mask_images  reader of masks that are image files, into COCO records

@@ -122,8 +122,7 @@ class PromptDataset(Dataset):
             `image` (3,S,S) uint8, `image_id`, `original_size` (H, W), and lists with one entry a
             prompt: `texts`, `category_ids`, `targets` of `boxes_cxcywh` (G,4) in 0 to 1 of the
             canvas, `has_mask` (G,) bool, `masks` (G,S,S) bool, empty for an object without one,
-            (0,S,S) where no object has one; and `complete` () bool, nothing was left out, no
-            crowd either.
+            (0,S,S) where no object has one; and `complete` () bool, no object was left out.
 
         Raises:
             DatasetError: the image file is missing or cannot be read.
@@ -145,7 +144,8 @@ class PromptDataset(Dataset):
         shown = {a["category_id"] for a in annotations}
         categories = self._choose_categories(shown, objects, rng)
         texts = [self.split.phrase(c) if c != OUT_OF_DOMAIN else word for c, word in categories]
-        annotated = Counter(a["category_id"] for a in annotations)
+        # As in Meta's data a crowd is no object, and background to the union of masks.
+        annotated = Counter(a["category_id"] for a in annotations if not a["iscrowd"])
         targets = [
             self._target(
                 [o for o in objects if o["category_id"] == c], annotated[c], height, width, place

@@ -19,7 +19,6 @@ IMAGE_ERRORS = (
     Image.DecompressionBombError,
 )
 EXIF_SWAPS_SIDES = (5, 6, 7, 8)  # values of the EXIF tag Orientation that turn by 90 degrees
-UINT16_TO_UINT8 = 257  # 65535 / 255
 
 
 class DatasetError(ValueError):
@@ -55,7 +54,7 @@ def read_image(path: Path) -> np.ndarray:
     """Reads an image as it is shown, after EXIF rotation, with alpha dropped.
 
     Returns:
-        RGB, uint8 (height, width, 3). 16-bit grey is divided by 257, unless no value is over 255;
+        RGB, uint8 (height, width, 3). 16-bit grey is scaled by the bits in use, 8 at least;
         32-bit and float grey are stretched from their least to their largest finite value.
 
     Raises:
@@ -76,8 +75,9 @@ def _to_rgb(image: Image.Image, is_uint16: bool) -> np.ndarray:
     """The pixels of an image of any mode as uint8 (height, width, 3)."""
     if is_uint16:
         grey = np.asarray(image).astype(np.float32)
-        # Microscopes write 8-bit values into 16-bit files.
-        grey = grey / UINT16_TO_UINT8 if grey.max(initial=0) > 255 else grey
+        # Cameras of 8, 10 or 12 bits write their values into 16-bit files as they are.
+        bits = max(8, int(grey.max(initial=0)).bit_length())
+        grey = grey * (255 / (2**bits - 1))
     elif image.mode in ("I", "F"):
         values = np.asarray(image).astype(np.float64)
         finite = values[np.isfinite(values)]

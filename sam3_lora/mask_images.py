@@ -35,6 +35,7 @@ from sam3_lora.coco import (
     encode_mask,
     image_size,
 )
+from sam3_lora.images import refuse_bomb
 from sam3_lora.shapes import images_in, listed, split_of
 
 logger = logging.getLogger(__name__)
@@ -323,6 +324,7 @@ def _read_values(path: Path, kind: str, size: tuple[int, int], photo: Path) -> n
     """The value of each pixel (height, width), whole numbers; a colour is 0xrrggbb."""
     try:
         with Image.open(path) as image:
+            refuse_bomb(image)
             pages, mode, lossy = getattr(image, "n_frames", 1), image.mode, image.format
             if kind == "colour" and mode in SMALL_MODES:
                 image = image.convert("RGBA")  # straight to RGB, PIL warns of transparency

@@ -1,7 +1,9 @@
-"""A split at a glance: its counts, its faults, and a contact sheet of its images."""
+"""A split as a whole: its counts, its faults, a contact sheet of its images, how to divide it."""
 
 import logging
+import random
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +146,40 @@ def draw_objects(split: CocoSplit, image: dict, colors: dict[int, int]) -> np.nd
         [colors[item["category_id"]] for item in items],
         outlined=[item["segmentation"] is None for item in items],
     )
+
+
+def divide_names(
+    labels: Mapping[str, Collection[int]], fractions: Mapping[str, float], seed: int
+) -> dict[str, str]:
+    """Divides names so that each label's share in a split is near the split's fraction.
+
+    Iterative stratification: the names of the rarest label first, each to the split that lacks most
+    of that label, of equal ones to that which lacks most names. Source: Sechidis, Tsoumakas and
+    Vlahavas, On the Stratification of Multi-Label Data (2011), algorithm 1.
+
+    Args:
+        labels: Name -> its labels; their order does not matter.
+        fractions: Split -> fraction of the names, above 0.
+        seed: Of the order in which the names of a label are taken.
+
+    Returns:
+        Name -> split, for every name.
+    """
+    names = sorted(labels)
+    random.Random(seed).shuffle(names)
+    holders: dict[int | None, list[str]] = {}  # of each label; under None all names
+    for name in names:
+        for key in {None, *labels[name]}:
+            holders.setdefault(key, []).append(name)
+    left = {key: len(held) for key, held in holders.items()}
+    lacks = {s: {key: f * number for key, number in left.items()} for s, f in fractions.items()}
+    chosen: dict[str, str] = {}
+    while left:
+        rarest = min(left, key=lambda key: (key is None, left[key], key))
+        for name in (name for name in holders[rarest] if name not in chosen):
+            chosen[name] = max(fractions, key=lambda s: (lacks[s][rarest], lacks[s][None]))
+            for key in {None, *labels[name]}:
+                lacks[chosen[name]][key] -= 1
+                left[key] -= 1
+        del left[rarest]
+    return chosen

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "overview": {"coco", "drawing"},
     "formats": {"coco", "shapes"},
     "shapes": {"coco", "faults", "geometry"},
-    "mask_images": {"coco", "shapes"},
+    "mask_images": {"coco", "shapes", "images"},
     "tiles": {"coco"},
     "dataset": {"coco", "tiles"},
     "metrics": {"coco"},

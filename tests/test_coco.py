@@ -374,8 +374,10 @@ def test_read_image_of_deep_modes(tmp_path):
         Image.fromarray(ramp).save(tmp_path / name)
         pixels = coco.read_image(tmp_path / name)
         assert np.array_equal(pixels[..., 0], np.rint(ramp / 257))
-        Image.fromarray(ramp // 257).save(tmp_path / name)  # 8-bit values in a 16-bit file
-        assert np.array_equal(coco.read_image(tmp_path / name)[..., 0], ramp // 257)
+        for bits in (8, 10, 12):  # values of so many bits in a 16-bit file
+            Image.fromarray(ramp >> (16 - bits)).save(tmp_path / name)
+            wanted = np.rint((ramp >> (16 - bits)) * (255 / (2**bits - 1)))
+            assert np.array_equal(coco.read_image(tmp_path / name)[..., 0], wanted)
     floats = np.array([[-1.0, 0.0], [1.0, np.nan]], dtype=np.float32)
     Image.fromarray(floats).save(tmp_path / "f.tif")
     assert coco.read_image(tmp_path / "f.tif")[..., 1].tolist() == [[0, 128], [255, 0]]

@@ -164,7 +164,7 @@ def test_a_crowd_beside_an_object_leaves_the_object(tmp_path):
     assert item["category_ids"][:2] == [2, 3]
     assert len(item["targets"][1]["boxes_cxcywh"]) == 1
     assert item["targets"][1]["has_mask"].tolist() == [True]
-    assert [bool(target["complete"]) for target in item["targets"][:2]] == [True, False]
+    assert [bool(target["complete"]) for target in item["targets"][:2]] == [True, True]
 
 
 def test_images_without_objects_are_negative_rows(split):

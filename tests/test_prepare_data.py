@@ -109,6 +109,41 @@ def test_classes_fix_the_categories_of_coco_and_their_order(raw, capsys):
     assert "expected a class of car, found 'bottle_cap' (" in capsys.readouterr().err
 
 
+def test_a_split_does_not_replace_its_source(raw, capsys):
+    before = sorted(raw.rglob("*"))
+    (raw / "train").mkdir()
+    (raw / "annotations.json").rename(raw / "train" / "annotations.json")
+    command = ["coco", "--coco_json", str(raw / "train" / "annotations.json"), "--overwrite"]
+    command += ["--images_dir", str(raw / "images"), "--output_dir", str(raw)]
+    assert prepare_data.main(command) == 2
+    assert "expected the split apart from --coco_json" in capsys.readouterr().err
+    for flag in ("yolo", "voc", "labelme"):
+        command = [flag, f"--{flag}_dir", str(raw), "--output_dir", str(raw / "out")]
+        assert prepare_data.main(command) == 2
+        assert f"expected the split apart from --{flag}_dir {raw}" in capsys.readouterr().err
+    (raw / "train" / "annotations.json").rename(raw / "annotations.json")
+    (raw / "train").rmdir()
+    assert sorted(raw.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train/images/a.png", "--preview: expected a file outside the data, found"),
+        ("train/annotations.json", "--preview: expected a file name that ends in .png, found"),
+        ("", "--preview: expected a file name that ends in .png, found"),
+    ],
+)
+def test_a_preview_replaces_no_data(raw, name, message, capsys):
+    assert prepare_data.main(coco_command(raw)) == 0
+    data = raw.parent / "data"
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    flags = ["validate", "--data_dir", str(data), "--preview", str(data / name)]
+    assert prepare_data.main(flags) == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("as_file", [False, True])
 def test_prompts(raw, as_file, capsys):
     text = '{"bottle_cap": "cap of a bottle"}'

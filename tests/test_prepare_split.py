@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from sam3_lora import coco
+from sam3_lora import coco, overview
 
 THIRDS = {"train": 0.5, "val": 0.25, "test": 0.25}
 
@@ -24,17 +24,17 @@ THIRDS = {"train": 0.5, "val": 0.25, "test": 0.25}
 )
 def test_a_partition_whatever_the_order(labels, parts, seed):
     fractions = {name: part / sum(parts) for name, part in zip(THIRDS, parts, strict=False)}
-    chosen = prepare_data.divide_names(labels, fractions, seed)
+    chosen = overview.divide_names(labels, fractions, seed)
     assert set(chosen) == set(labels) and set(chosen.values()) <= set(fractions)
     turned = dict(reversed(labels.items()))
-    assert prepare_data.divide_names(turned, fractions, seed) == chosen
+    assert overview.divide_names(turned, fractions, seed) == chosen
 
 
 @settings(max_examples=30, deadline=None)
 @given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=80), seed=st.integers(0, 9))
 def test_one_label_a_name_gives_exact_shares(labels, seed):
     names = {str(position): {label} for position, label in enumerate(labels)}
-    chosen = prepare_data.divide_names(names, THIRDS, seed)
+    chosen = overview.divide_names(names, THIRDS, seed)
     for label, count in Counter(labels).items():
         of_label = Counter(chosen[name] for name, found in names.items() if found == {label})
         for split, fraction in THIRDS.items():
@@ -46,7 +46,7 @@ def test_many_labels_a_name_keep_their_shares(seed):
     draw = random.Random(seed)
     odds = [0.02, 0.05, 0.1, 0.3, 0.7]  # of a label in an image; some images have none
     labels = {str(i): {k for k, p in enumerate(odds) if draw.random() < p} for i in range(1000)}
-    chosen = prepare_data.divide_names(labels, THIRDS, seed)
+    chosen = overview.divide_names(labels, THIRDS, seed)
     for split, fraction in THIRDS.items():
         members = [name for name in labels if chosen[name] == split]
         assert abs(len(members) - fraction * 1000) <= 10
@@ -58,7 +58,7 @@ def test_many_labels_a_name_keep_their_shares(seed):
 
 def test_the_seed_decides():
     labels = {str(position): {position % 3} for position in range(60)}
-    first, again, other = (prepare_data.divide_names(labels, THIRDS, seed) for seed in (0, 0, 1))
+    first, again, other = (overview.divide_names(labels, THIRDS, seed) for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -125,5 +125,11 @@ def test_many_names_and_labels_take_seconds():
     draw = random.Random(0)
     names = {str(i): {draw.randrange(2000) for _ in range(4)} for i in range(20_000)}
     started = time.perf_counter()
-    assert len(prepare_data.divide_names(names, THIRDS, 0)) == len(names)
+    assert len(overview.divide_names(names, THIRDS, 0)) == len(names)
     assert time.perf_counter() - started < 10
+
+
+def test_a_split_that_stays_is_told(command, caplog):
+    assert prepare_data.main([*command, "--fractions", "0.4,0.3,0.3"]) == 0
+    assert prepare_data.main([*command, "--fractions", "0.6,0.4,0", "--overwrite"]) == 0
+    assert "test stays as it is: its photos may be in the new splits too" in caplog.text
