@@ -65,6 +65,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# Kinds of errors that reading survives and that nothing later in a run would tell of.
+TOLD_ON_READING = ("box in fractions", "duplicate file")
 SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
 
 ENDS = ("new", "old")  # of the folders beside a split while it is written
@@ -177,9 +179,13 @@ def read_coco(
     annotations_file, images_dir = Path(annotations_file), Path(images_dir)
     payload = load_json(annotations_file) if payload is None else payload
     faults = () if checked else record_faults(payload, annotations_file)
-    if fatal := [fault for fault in faults if fault.fatal]:
+    wrong = [fault for fault in faults if fault.fatal or fault.kind in TOLD_ON_READING]
+    if fatal := [fault for fault in wrong if fault.fatal]:
         more = f" ({len(fatal) - 1} more: prepare_data.py validate lists them)"
         raise DatasetError(f"{fatal[0]}{more if len(fatal) > 1 else ''}")
+    if wrong:
+        message = "%s has %d errors, which validate lists, the first: %s"
+        logger.warning(message, annotations_file, len(wrong), wrong[0])
     category_rows = kept_categories(payload)
     category_ids, category_at = _numbers(category_rows), positions_by_id(category_rows)
     image_at = positions_by_id(payload["images"])

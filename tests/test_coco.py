@@ -368,6 +368,17 @@ def test_read_image_of_8_bit_modes(tmp_path, mode):
     assert (pixels == 255).all()
 
 
+def test_errors_that_reading_survives_are_told(tmp_path, caplog):
+    row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0.1, 0.1, 0.5, 0.5]}
+    image = {"id": 1, "file_name": "a.png", "width": 40, "height": 30}
+    content = {"images": [image], "annotations": [row]}
+    content["categories"] = [{"id": 1, "name": "car"}]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    coco.read_coco(tmp_path / "a.json", tmp_path)
+    wanted = "a.json has 1 errors, which validate lists, the first: looks like fractions"
+    assert wanted in caplog.text
+
+
 def test_read_image_of_deep_modes(tmp_path):
     ramp = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
     for name in ("a.png", "a.tif"):
