@@ -22,6 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts tests whose `run` fixture runs a whole script into the scripts tier."""
+    for item in items:
+        if "run" in getattr(item, "fixturenames", ()):
+            item.add_marker("scripts")
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> ModuleType:
     """The script that writes tiny models, as a module."""
