@@ -50,7 +50,7 @@ def model(loaded):
 
 
 @pytest.fixture(scope="module")
-def run(loaded):
+def infer(loaded):
     """A function: the outputs that training reads, of a model on two images and three rows.
 
     Two boxes a row: the geometry encoder's queries and keys need something to choose from.
@@ -167,11 +167,11 @@ def test_a_bf16_base_keeps_fp32_master_weights():
 # What they do in SAM 3 ----------------------------------------------------------------------------
 
 
-def test_exact_no_op_at_step_0(model, run):
+def test_exact_no_op_at_step_0(model, infer):
     with torch.no_grad():
-        before = run(model)
+        before = infer(model)
         matched = apply_lora(model, EVERYWHERE)
-        after = run(model)
+        after = infer(model)
     assert {name.split(".")[0] for name in matched} == set(COMPONENTS)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
@@ -184,7 +184,7 @@ def test_only_lora_names_require_gradients(model):
     assert [name for name, _ in lora_modules(model)] == matched
 
 
-def test_base_is_bit_identical_after_a_step(model, run):
+def test_base_is_bit_identical_after_a_step(model, infer):
     before = snapshot(model)
     matched = apply_lora(model, EVERYWHERE)
     randomise(model)
@@ -192,7 +192,7 @@ def test_base_is_bit_identical_after_a_step(model, run):
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], weight_decay=0
     )
-    sum(value.float().square().mean() for value in run(model).values()).backward()
+    sum(value.float().square().mean() for value in infer(model).values()).backward()
     optimizer.step()
     after = {n.replace(".base.", "."): v for n, v in model.state_dict().items() if "lora_" not in n}
     assert after.keys() == before.keys()
@@ -208,16 +208,16 @@ def test_base_is_bit_identical_after_a_step(model, run):
     assert still == []
 
 
-def test_merge_equals_the_adapter_and_unmerge_restores(model, run):
+def test_merge_equals_the_adapter_and_unmerge_restores(model, infer):
     with torch.no_grad():
-        base_outputs = run(model)
+        base_outputs = infer(model)
         apply_lora(model, EVERYWHERE)
         randomise(model)
         before = snapshot(model)
-        adapted = run(model)
+        adapted = infer(model)
         merge_lora(model)
         once = snapshot(model)
-        merged = run(model)
+        merged = infer(model)
         merge_lora(model)
         merge_lora(model)
         assert_same_state(model, once)
@@ -228,11 +228,11 @@ def test_merge_equals_the_adapter_and_unmerge_restores(model, run):
         assert_same_state(model, before)
         unmerge_lora(model)
         assert_same_state(model, before)
-        again = run(model)
+        again = infer(model)
     assert all(torch.equal(again[name], adapted[name]) for name in adapted)
 
 
-def test_parity_with_peft(model, run):
+def test_parity_with_peft(model, infer):
     other = deepcopy(model)
     matched = apply_lora(model, EVERYWHERE)
     config = PeftConfig(r=3, lora_alpha=6, target_modules=matched, lora_dropout=0.0, bias="none")
@@ -245,7 +245,7 @@ def test_parity_with_peft(model, run):
         theirs[name][0].data.copy_(module.lora_A.data)
         theirs[name][1].data.copy_(module.lora_B.data)
     assert len(theirs) == len(matched) > 40
-    ours, expected = run(model), run(other)
+    ours, expected = infer(model), infer(other)
     generator = torch.Generator().manual_seed(3)
     loss = other_loss = 0.0
     for name, value in expected.items():
@@ -369,7 +369,7 @@ def test_applying_twice_is_refused(model):
 # The adapter's tensors ----------------------------------------------------------------------------
 
 
-def test_state_dict_round_trip(model, loaded, run):
+def test_state_dict_round_trip(model, loaded, infer):
     matched = apply_lora(model, EVERYWHERE)
     randomise(model)
     state = lora_state_dict(model)
@@ -379,7 +379,7 @@ def test_state_dict_round_trip(model, loaded, run):
     apply_lora(other, EVERYWHERE)
     load_lora_state_dict(other, state)
     with torch.no_grad():
-        expected, found = run(model), run(other)
+        expected, found = infer(model), infer(other)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     first = state[f"{matched[0]}.lora_A"]
     first.zero_()
