@@ -85,7 +85,8 @@ def read_masks(
             pixels are no values; values without a name; no object at all.
     """
     images_dir, masks_dir, kind = Path(images_dir), Path(masks_dir), kind or _guessed_kind(classes)
-    table, categories, ignored = _classes(classes, void, kind, whole)
+    _check_parts(kind, whole, min_pixels)
+    table, categories, ignored = _classes(classes, void, kind)
     names = list(categories.values()) if kind == "object" else None
     pairs = _pairs(images_dir, masks_dir, pattern, names)
     records, rest = {}, Counter()
@@ -135,13 +136,23 @@ def _guessed_kind(classes: list[str] | dict[str, Any] | None) -> str:
     )
 
 
+def _check_parts(kind: str, whole: bool, min_pixels: int) -> None:
+    """Refuses flags of connected parts where there are none, and a size that no part has."""
+    if min_pixels < 1:
+        found = f"expected --min_pixels of 1 or more, found {min_pixels}"
+        raise DatasetError(f"{found}; --whole makes all pixels of a class one object")
+    for flag, given in (("--whole", whole), ("--min_pixels", min_pixels > 1)):
+        if given and kind not in ("index", "colour"):
+            found = f"expected {flag} with --kind index or colour, found it with {kind}"
+            raise DatasetError(f"{found}; leave it out")
+    if whole and min_pixels > 1:
+        raise DatasetError("expected --whole or --min_pixels, found both; leave one out")
+
+
 def _classes(
-    classes: list[str] | dict[str, Any] | None, void: Sequence[str] | None, kind: str, whole: bool
+    classes: list[str] | dict[str, Any] | None, void: Sequence[str] | None, kind: str
 ) -> tuple[dict[int, int], dict[int, str], set[int]]:
     """Value -> category id; category id -> name; the values that are no class."""
-    if whole and kind not in ("index", "colour"):
-        found = f"expected --whole with --kind index or colour, found it with {kind}"
-        raise DatasetError(f"{found}; leave it out")
     if void is None:
         void = [str(VOID)] if kind == "index" else []
     ignored = {_value(text) for text in void}
@@ -195,7 +206,7 @@ def _value(raw: Any) -> int | None:
     bytes_only = isinstance(raw, list) and all(type(c) is int and 0 <= c <= 255 for c in raw)
     if bytes_only and len(raw) == 3:
         return raw[0] << 16 | raw[1] << 8 | raw[2]
-    found = re.fullmatch(r"(\d+)|#([0-9a-fA-F]{6})", str(raw))
+    found = re.fullmatch(r"(\d{1,10})|#([0-9a-fA-F]{6})", str(raw))
     return found and (int(found[1]) if found[1] else int(found[2], 16))
 
 

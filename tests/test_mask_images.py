@@ -385,6 +385,8 @@ def test_classes_that_are_refused(tmp_path, classes, kind, message):
         ({"pattern": "*_mask"}, r"--pattern with \{stem\} in each path, found '\*_mask'; write"),
         ({"pattern": "img:{stem}"}, "in each path, found 'img'"),
         ({"kind": "instance", "whole": True}, "--whole with --kind index or colour, found it with"),
+        ({"kind": "object", "min_pixels": 2}, "--min_pixels with --kind index or colour, found it"),
+        ({"min_pixels": 0}, "--min_pixels of 1 or more, found 0; --whole makes all"),
     ],
 )
 def test_options_that_are_refused(tmp_path, options, message):
