@@ -47,7 +47,7 @@ from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.overview import divide_names, fault_report, json_report, preview, summary
 from sam3_lora.repair import mend_split
 from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
-from sam3_lora.shapes import report_missing
+from sam3_lora.shapes import check_class, report_missing
 
 logger = logging.getLogger("prepare_data")
 
@@ -268,10 +268,7 @@ def order_categories(source: CocoSplit, names: list[str] | None) -> CocoSplit:
         annotations[image["id"]] = rows = []
         for item in source.annotations[image["id"]]:
             name = source.categories[item["category_id"]]
-            if name not in number:
-                where = f"{source.annotations_file}, {image['file_name']}"
-                found = f"expected a class of {', '.join(names)}, found {name!r} ({where})"
-                raise DatasetError(f"{found}; add it to --classes or remove the object")
+            check_class(name, number, f"{source.annotations_file}, {image['file_name']}")
             rows.append(item | {"category_id": number[name]})
     categories = {index: name for name, index in number.items()}
     prompts = {name: phrase for name, phrase in source.prompts.items() if name in number}
@@ -380,9 +377,9 @@ def divide_split(args: argparse.Namespace) -> None:
     if empty:
         found = f"expected an image for each split, found none of {len(labels)} for {empty[0]}"
         raise DatasetError(f"{found}; raise its part of --fractions {args.fractions}, or make it 0")
-    for split in {"train", "val", "test"} - set(fractions):
-        if split_dir(args.output_dir, split).exists():
-            stays = split_dir(args.output_dir, split)
+    for split in ("train", "val", "test"):
+        stays = split_dir(args.output_dir, split)
+        if split not in fractions and stays.exists():
             logger.warning("%s stays as it is: its photos may be in the new splits too", stays)
     parts = {}
     for split in fractions:

@@ -55,6 +55,13 @@ def problem(where: Path | str, expected: str, found: str, remedy: str) -> Datase
     return DatasetError(f"expected {expected}, found {found} ({where}); {remedy}")
 
 
+def check_class(label: str, class_names: Collection[str], where: str) -> None:
+    """Raises DatasetError unless an object's class is one of `--classes`."""
+    if label not in class_names:
+        expected = f"a class of {', '.join(class_names)}"
+        raise problem(where, expected, repr(label), "add it to --classes or remove the object")
+
+
 def listed(names: list[str]) -> str:
     """Returns the first of some names, for a message."""
     return ", ".join(names[:NAMES_LISTED]) + ", ..." * (len(names) > NAMES_LISTED)
@@ -130,9 +137,8 @@ def _record(
     class_names: list[str] | None,
 ) -> dict[str, Any]:
     """The record of an object, its category by name."""
-    if class_names and label not in class_names:
-        expected = f"a class of {', '.join(class_names)}"
-        raise problem(where, expected, repr(label), "add it to --classes or remove the object")
+    if class_names:
+        check_class(label, class_names, where)
     return {"category_id": label} | geometry(parts, *size, where)
 
 

@@ -120,7 +120,7 @@ def as_via(folder: Path, data: dict) -> CocoSplit:
 
 
 def voc_object(name: str | None, *bounds: Any) -> str:
-    sides = zip(("xmin", "ymin", "xmax", "ymax"), bounds, strict=False)
+    sides = zip(("xmin", "ymin", "xmax", "ymax")[: len(bounds)], bounds, strict=True)
     inside = "".join(f"<{side}>{value}</{side}>" for side, value in sides if value is not None)
     named = "" if name is None else f"<name>{name}</name>"
     return f"<object>{named}<difficult>1</difficult><bndbox>{inside}</bndbox></object>"

@@ -1,5 +1,6 @@
 """Crowded photos in tiles: which tiles, which objects in them, and the items they become."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_tiles_cover_the_photo_and_overlap(width, height):
     for axis, length in ((0, width), (1, height)):
         spans = sorted({(t[axis], t[axis + 2]) for t in tiles})
         assert spans[0][0] == 0 and spans[-1][1] == length
-        for (begin, end), (following, _) in zip(spans, spans[1:], strict=False):
+        for (begin, end), (following, _) in itertools.pairwise(spans):
             assert begin < following < end
             assert end - following >= TILE_OVERLAP * (end - begin) - 2
         assert len({end - begin for begin, end in spans}) <= 3  # whole pixels: all but equal
