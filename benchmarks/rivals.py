@@ -10,8 +10,8 @@ Rivals train the same loss. What it reads beyond the library's outputs (each lay
 embeddings instead of every query's mask) is caught by hooks, which spares them the work of a loss
 of their own on `pred_masks`.
 
-Times are of the wall clock. Contenders take turns, so that whatever else the machine does meets all
-of them.
+Contenders take turns, so that whatever else the machine does meets all of them. On a GPU times are
+of the wall clock; on a CPU they are the processor's own for this process, on one thread.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ from sam3_lora.forward import (  # noqa: E402
 from sam3_lora.losses import compute_losses, count_targets  # noqa: E402
 from sam3_lora.model import (  # noqa: E402
     cast_towers,
+    choose_device,
     compute_dtype,
-    train_adapted,
 )
 from sam3_lora.scenes import WORDS  # noqa: E402
 
@@ -161,16 +161,14 @@ def spread_adapters(model: nn.Module, seed: int = 1) -> None:
         module.lora_B.copy_(ADAPTER_STD * values)
 
 
-def adapt_ours(
-    model: Sam3Model, lora: LoRAConfig, precision: str = "auto", one_to_many: bool = False
-) -> Forward:
-    """The model with our adapters, in the precision that training takes on its device."""
+def adapt_ours(model: Sam3Model, lora: LoRAConfig, geometry_cls: str = "meta") -> Forward:
+    """The model with our adapters, in the precision that training takes on its device; without
+    the one-to-many branch, which the library has not."""
     apply_lora(model, lora)
     spread_adapters(model)
-    device = model.device
-    dtype = compute_dtype(precision, device)
+    dtype = compute_dtype("auto", model.device)
     cast_towers(model, dtype)
-    return Forward(model, make_tokenizer(), dtype=dtype, one_to_many=one_to_many)
+    return Forward(model, make_tokenizer(), geometry_cls, dtype)
 
 
 @dataclass
@@ -181,11 +179,13 @@ class Library:
         model: base model, or one that `adapt_peft` has adapted.
         dtype: of autocast; fp32 is none.
         tokenizer: its tokenizer.
+        geometry_cls: as for `Forward`; `meta` takes a padding box with every prompt.
     """
 
     model: nn.Module
     dtype: torch.dtype = torch.float32
     tokenizer: Any = field(default_factory=make_tokenizer)
+    geometry_cls: str = "meta"
 
     def __post_init__(self) -> None:
         self.seen: dict[str, Any] = {}
@@ -206,17 +206,20 @@ class Library:
         self.seen[name] = output
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The model's inputs: an image and a prompt a row, with the geometry token of `meta`."""
+        """The model's inputs: an image and a prompt a row."""
         device = self.base.device
         ids, mask = tokenize(self.tokenizer, batch["texts"])
         count = len(batch["texts"])
-        return {
-            "pixel_values": to_pixels(batch["images"].to(device))[batch["image_index"].to(device)],
+        pixels = to_pixels(batch["images"].to(device))
+        inputs = {
+            "pixel_values": pixels[batch["image_index"].to(device)],
             "input_ids": ids.to(device),
             "attention_mask": mask.to(device),
-            "input_boxes": torch.zeros(count, 1, 4, device=device),
-            "input_boxes_labels": torch.full((count, 1), PADDING_BOX, device=device),
         }
+        if self.geometry_cls == "meta":
+            inputs["input_boxes"] = torch.zeros(count, 1, 4, device=device)
+            inputs["input_boxes_labels"] = torch.full((count, 1), PADDING_BOX, device=device)
+        return inputs
 
     def __call__(self, **inputs: Any) -> Any:
         """`Sam3Model.forward` with mixed precision."""
@@ -283,13 +286,13 @@ def ours_step(
     config: Config,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Any],
+    count: engine.Count = count_targets,
 ) -> float:
     """One step of our training on one micro-batch; returns its loss."""
-    train_adapted(forward.model)
     records = engine.train_one_epoch(
         forward,
         criterion_of(config),
-        count_targets,
+        count,
         [batch],
         optimizer,
         lambda step: 1.0,
@@ -305,13 +308,14 @@ def library_step(
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Any],
     rows_at_once: int | None = None,
+    count: engine.Count = count_targets,
 ) -> float:
     """One step of a plain loop; returns its loss.
 
     Args:
         rows_at_once: rows in one forward and backward; None takes all of the batch's.
     """
-    targets, counts = batch["targets"], count_targets(batch["targets"])
+    targets, counts = batch["targets"], count(batch["targets"])
     criterion, total = criterion_of(config), 0.0
     optimizer.zero_grad()
     size = rows_at_once or len(targets)
@@ -325,6 +329,19 @@ def library_step(
     nn.utils.clip_grad_norm_(parameters, config.training.max_grad_norm)
     optimizer.step()
     return total
+
+
+def choose_machine(name: str, model: str | None) -> tuple[torch.device, str]:
+    """The device of a flag, one thread on a CPU, and the model to measure there.
+
+    Args:
+        name: as for `hardware.device`.
+        model: of `MODELS`; None takes the full size on a GPU, else `bench224`.
+    """
+    device = choose_device(name)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    return device, model or ("full" if device.type == "cuda" else "bench224")
 
 
 def wait_for(device: torch.device) -> None:
@@ -346,17 +363,18 @@ def take_turns(
         contenders: what is timed, by name.
         before: what a contender needs done first, not timed.
     """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + repeats):
         for name, work in contenders.items():
             if before and name in before:
                 before[name]()
             wait_for(device)
-            started = time.perf_counter()
+            started = clock()
             work()
             wait_for(device)
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
