@@ -104,7 +104,7 @@ def prompt_row(
     args: argparse.Namespace, forward: Forward, library: Library, prompts: int, max_rows: int
 ) -> dict[str, Any]:
     """A row of the first table."""
-    batch, size = make_batch(1, prompts, image_size(forward.model)), tuple(args.photo_size)
+    batch, size = make_batch(1, prompts, image_size(forward.model)), args.photo_size
     threshold = choose_threshold(forward, batch)
     contenders: dict[str, Callable[[], Any]] = {
         "ours": lambda: find_ours(forward, batch, size, threshold, max_rows),
@@ -129,7 +129,7 @@ def adapter_rows(
     args: argparse.Namespace, base: Forward, forward: Forward, library: Library, max_rows: int
 ) -> list[dict[str, Any]]:
     """The second table: one prompt on the base, and with the adapter merged or beside it."""
-    batch, size = make_batch(1, 1, image_size(forward.model)), tuple(args.photo_size)
+    batch, size = make_batch(1, 1, image_size(forward.model)), args.photo_size
     threshold = choose_threshold(forward, batch)
     ours = partial(find_ours, batch=batch, size=size, threshold=threshold, max_rows=max_rows)
     theirs = partial(find_library, library, batch, size, threshold)
@@ -198,8 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=7, help="timed runs of each, after one (default: 7)")
     add("--strategy", choices=STRATEGIES, default="balanced", help="adapter (default: balanced)")
     add("--geometry_cls", choices=("meta", "hf"), default="meta", help="of both (default: meta)")
-    add("--photo_size", type=int, nargs=2, default=[720, 1280], metavar=("HEIGHT", "WIDTH"),
-        help="pixels of the masks (default: 720 1280)")
+    add("--photo_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+        help="pixels of the masks (default: the model's own)")
     # fmt: on
     return parser
 
@@ -220,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     plain = build_model(args.model, args.device)
     cast_towers(plain, forward.dtype)
     base = Forward(plain, forward.tokenizer, args.geometry_cls, forward.dtype)
+    args.photo_size = tuple(args.photo_size or [image_size(model)] * 2)
     # 2. As the scripts run an adapter: merged in fp32, beside the weights below.
     if forward.dtype == torch.float32:
         merge_lora(model)
