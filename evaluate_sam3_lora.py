@@ -55,7 +55,7 @@ from sam3_lora.config import (
     setup_logging,
     user_errors,
 )
-from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches
+from sam3_lora.dataset import PromptDataset
 from sam3_lora.drawing import draw_overlay, draw_panel, to_cell
 from sam3_lora.evaluation import (
     evaluate_split,
@@ -65,6 +65,7 @@ from sam3_lora.evaluation import (
     write_json,
 )
 from sam3_lora.forward import Forward
+from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.metrics import format_comparison, format_summary
 from sam3_lora.model import ModelError, image_size, num_queries

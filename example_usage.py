@@ -21,10 +21,11 @@ from lora_layers import LoRAConfig, apply_lora, count_parameters
 from sam3_lora import checkpoint, engine
 from sam3_lora.coco import DatasetError, decode_mask, read_image, read_split
 from sam3_lora.config import FlagParser, user_errors
-from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches, place_on_canvas
+from sam3_lora.dataset import PromptDataset, place_on_canvas
 from sam3_lora.drawing import draw_curves, draw_overlay
 from sam3_lora.evaluation import detect, load_forward, write_atomically
 from sam3_lora.forward import Forward
+from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import ModelError, image_size, load_model, num_queries, train_adapted
 from sam3_lora.scenes import DEFECTS, demo_split, write_scenes

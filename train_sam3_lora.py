@@ -45,16 +45,18 @@ from sam3_lora.config import (
     ConfigError,
     FlagParser,
     add_config_flags,
+    check_same_settings,
     config_from_args,
     load_config,
     save_config,
     setup_logging,
     user_errors,
 )
-from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches
+from sam3_lora.dataset import PromptDataset
 from sam3_lora.drawing import draw_curves
 from sam3_lora.evaluation import describe, evaluate_split, validation_figures
 from sam3_lora.forward import Forward
+from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import (
     ModelError,
@@ -71,11 +73,6 @@ log = logging.getLogger("train")
 
 # The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
 LONGEST_WARMUP = 0.1
-# Settings that a resumed run may change: how long, how often; none that steps done depend on.
-MAY_CHANGE = (
-    *("num_epochs", "max_steps", "eval_steps", "save_steps", "save_total_limit"),
-    *("train_data_path", "val_data_path", "init_lora_weights"),
-)
 
 
 @dataclass
@@ -302,21 +299,6 @@ def resume(run: Run) -> None:
     checkpoint.cut_log(run.folder / "log.jsonl", run.step)
     finished = "; it is finished: raise --max_steps" if run.step >= run.total_steps else ""
     log.info("resuming %s at step %d of %d%s", newest, run.step, run.total_steps, finished)
-
-
-def check_same_settings(config: Config, earlier: Config) -> None:
-    """Raises ConfigError where a resumed run asks for other settings than it began with."""
-    changed = [
-        f"{section}.{key} {old!r} -> {value!r}"
-        for section in ("model", "lora", "training")
-        for key, value in vars(getattr(config, section)).items()
-        if key not in MAY_CHANGE and (old := getattr(getattr(earlier, section), key)) != value
-    ]
-    if changed:
-        raise ConfigError(
-            f"--resume: expected the settings that the run began with, found {'; '.join(changed)}; "
-            "leave these, or start a new run with --init_lora_weights"
-        )
 
 
 def append_log(run: Run, row: dict[str, Any]) -> None:

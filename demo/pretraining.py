@@ -22,8 +22,9 @@ from torch import nn
 from transformers import Sam3Model
 
 from sam3_lora import engine
-from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS, collate_fn, place_on_canvas
+from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS, place_on_canvas
 from sam3_lora.forward import PADDING_BOX, VISUAL_PROMPT, Forward
+from sam3_lora.loader import collate_fn
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import choose_device, image_size, load_model
 from sam3_lora.scenes import BOX_SHARE, WORDS, draw_prompt, draw_shapes

@@ -1,6 +1,7 @@
 """What the scripts share, one concern a file.
 
-config      the options: dataclasses, YAML, flags; the only reader of configuration files
+options     the options of every script: one list of keys, in six sections
+config      reads them from YAML and flags; the only reader of configuration files
 model       loads SAM 3; device, precision, train and eval modes
 forward     our forward over SAM 3's sub-modules: every layer, masks on demand
 coco        reads, checks and writes COCO; polygons and RLE to and from masks
@@ -13,7 +14,8 @@ formats     readers of other annotation formats, into COCO records
 shapes      what those readers find: shapes, classes, files, and their records
 mask_images  reader of masks that are image files, into COCO records
 tiles       crowded photos cut into tiles
-dataset     image x prompts -> targets, negatives, transforms, collate_fn
+dataset     image x prompts -> targets, negatives, transforms
+loader      items to batches: order, worker processes, collate_fn
 losses      matcher and criterion -> a dict of named losses
 metrics     box and mask AP, cgF1 and its factors, mask IoU
 engine      the only batch loop: training, evaluation, schedule, seeding

@@ -1,7 +1,6 @@
-"""The options of every script: one list of keys, read from YAML and from flags.
+"""Reads the options of options.py from YAML and from flags.
 
-A key is a field of one of the six sections; its help, range and choices are the field's metadata,
-and its flag is generated. Defaults come first, then a YAML file, then the flags. Whatever its
+Each key's flag is generated. Defaults come first, then a YAML file, then the flags. Whatever its
 source, a value arrives as text and is converted by the field's type: `1e-4` is a number and `no` a
 word in a file just as on a command line.
 """
@@ -16,14 +15,15 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 import yaml
 
+from sam3_lora.options import KEYS, SECTIONS, Config, Key
+
 MAX_CONFIG_BYTES = 1_000_000
-MAX_SEED = 2**32 - 1  # NumPy's limit
 MAX_INTEGER = 2**53  # float() is exact up to here
 
 _PLAIN_TAGS = {"null", "bool", "int", "float", "str", "timestamp"}
@@ -33,137 +33,18 @@ _BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
 _METAVARS = {int: "INT", float: "FLOAT", bool: "true|false", Path: "PATH", tuple: "NAME"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 _KINDS |= {str: "a name", tuple: "names, such as q_proj,v_proj"}
+# Settings that a resumed run may change: how long, how often; none that steps done depend on.
+_MAY_CHANGE = (
+    *("num_epochs", "max_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("train_data_path", "val_data_path", "init_lora_weights"),
+)
 # Names that other trainers use and that look nothing like ours.
 _SYNONYMS = {"lr": "learning_rate", "bs": "batch_size", "r": "rank", "wd": "weight_decay"}
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
-_OVER_QUERIES = ("cap", "tile", "error")
-_METRICS = ("ap", "ap50", "cgf1", "iou", "loss")
-_DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
-_PRECISIONS = ("auto", "bf16", "fp16", "no")
 _CHATTY_LIBRARIES = ("httpx", "httpcore", "urllib3", "filelock", "matplotlib", "PIL")
 
 
 class ConfigError(ValueError):
     """An option is unknown, or its value cannot be used."""
-
-
-def _key(default: Any, help_text: str, **limits: Any) -> Any:
-    """A field; `limits`: low, high (inclusive), above, below (exclusive), choices, pattern."""
-    return field(default=default, metadata={"help": help_text, **limits})
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    name: str = _key("facebook/sam3", "base model: a hub id or a local folder")
-    geometry_cls: str = _key("meta", "geometry token of text-only prompts", choices=("meta", "hf"))
-
-
-@dataclass(frozen=True)
-class LoraSection:
-    rank: int = _key(12, "rank of the update of each adapted layer", low=1)
-    alpha: float = _key(24.0, "the update is scaled by alpha / rank", above=0)
-    dropout: float = _key(0.0, "dropout on the input of the update", low=0, below=1)
-    target_modules: tuple[str, ...] = _key(_ATTENTION, "names of the layers to adapt")
-    apply_to_vision_encoder: bool = _key(True, "adapt the image backbone")
-    apply_to_text_encoder: bool = _key(False, "adapt the text encoder")
-    apply_to_geometry_encoder: bool = _key(False, "adapt the encoder of box prompts")
-    apply_to_detr_encoder: bool = _key(True, "adapt the fusion of image and prompt")
-    apply_to_detr_decoder: bool = _key(True, "adapt the decoder of the queries")
-    apply_to_mask_decoder: bool = _key(False, "adapt the mask head")
-
-
-@dataclass(frozen=True)
-class TrainingSection:
-    train_data_path: Path = _key(Path("data/train"), "folder of the training split")
-    val_data_path: Path | None = _key(None, "validation split; null: val/ or valid/ beside, if any")
-    batch_size: int = _key(4, "images per micro-batch", low=1)
-    gradient_accumulation_steps: int = _key(1, "micro-batches per step", low=1)
-    num_epochs: int = _key(10, "passes over the training split", low=1)
-    max_steps: int | None = _key(None, "steps in all; null: num_epochs decides", low=1)
-    learning_rate: float = _key(1e-4, "peak learning rate", above=0, high=1)
-    weight_decay: float = _key(0.01, "AdamW weight decay on the adapter", low=0)
-    max_grad_norm: float = _key(0.1, "gradients are clipped to this norm", above=0)
-    lr_schedule: str = _key("cosine", "learning rate after the warm-up", choices=_SCHEDULES)
-    warmup_steps: int = _key(100, "steps of linear warm-up", low=0)
-    seed: int = _key(42, "seed of every random choice", low=0, high=MAX_SEED)
-    prompts_per_image: int = _key(8, "most text prompts an image, absent ones included", low=1)
-    out_of_domain_prompts: int = _key(1, "words from outside the data set, per image", low=0)
-    augment: bool = _key(True, "random resize and placement")
-    flip_probability: float = _key(0.0, "chance of a horizontal flip", low=0, high=1)
-    mask_loss: str = _key("full", "where masks are compared", choices=("full", "native", "points"))
-    one_to_many: bool = _key(True, "also train queries that share an object")
-    pos_weight: float = _key(10.0, "weight of matched queries in classification", above=0)
-    over_queries: str = _key("cap", "objects beyond the queries", choices=_OVER_QUERIES)
-    init_lora_weights: Path | None = _key(None, "adapter to start from; null: a fresh one")
-    eval_steps: int = _key(500, "steps between two evaluations", low=1)
-    save_steps: int = _key(1000, "steps between two checkpoints", low=1)
-    save_total_limit: int = _key(3, "best checkpoints kept, beside the newest", low=1)
-
-
-@dataclass(frozen=True)
-class OutputSection:
-    output_dir: Path = _key(Path("outputs/sam3_lora"), "folder of the run")
-    logging_steps: int = _key(10, "steps between two lines of the log", low=1)
-    overwrite: bool = _key(False, "replace an earlier run in output_dir")
-    resume: bool = _key(False, "continue the run in output_dir from its last checkpoint")
-
-
-@dataclass(frozen=True)
-class EvaluationSection:
-    best_metric: str = _key("ap", "figure that chooses best_model", choices=_METRICS)
-    max_val_images: int | None = _key(None, "first images evaluated in training; null: all", low=1)
-    score_threshold: float = _key(0.5, "score that counts as found, but for AP", low=0, high=1)
-    max_detections: int = _key(100, "most detections an image, over all its prompts", low=1)
-
-
-@dataclass(frozen=True)
-class HardwareSection:
-    device: str = _key("auto", "auto, cpu, mps, cuda or cuda:N", pattern=_DEVICES)
-    mixed_precision: str = _key("auto", "arithmetic of the forward pass", choices=_PRECISIONS)
-    num_workers: int = _key(2, "processes that load images; 0: none", low=0)
-    max_rows_per_forward: int = _key(8, "most image x prompt pairs in one forward", low=1)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every option, resolved. Stops at the scripts: modules take flat arguments."""
-
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    training: TrainingSection = TrainingSection()
-    output: OutputSection = OutputSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    hardware: HardwareSection = HardwareSection()
-
-
-class _Key(NamedTuple):
-    """One option: where it lives, what its value may be, its default."""
-
-    section: str
-    name: str
-    kind: type
-    optional: bool
-    default: Any
-    limits: dict[str, Any]
-
-
-def _list_keys() -> dict[str, _Key]:
-    """Every option, by its flag without dashes."""
-    keys = {}
-    for section, section_class in get_type_hints(Config).items():
-        hints = get_type_hints(section_class)
-        for item in fields(section_class):
-            hint, name = hints[item.name], item.name
-            optional = type(None) in get_args(hint)
-            kind = get_args(hint)[0] if optional else get_origin(hint) or hint
-            flag = f"{section}_{name}" if section in ("lora", "model") else name
-            keys[flag] = _Key(section, name, kind, optional, item.default, dict(item.metadata))
-    return keys
-
-
-SECTIONS = tuple(item.name for item in fields(Config))
-_KEYS = _list_keys()
 
 
 def _as_text(value: Any) -> Any:
@@ -175,7 +56,7 @@ def _as_text(value: Any) -> Any:
     return value.as_posix() if isinstance(value, Path) else value if value is None else str(value)
 
 
-def _convert(key: _Key, value: Any) -> Any:
+def _convert(key: Key, value: Any) -> Any:
     """Text, None or a list of texts as the type of `key`; ValueError, KeyError or TypeError."""
     limits = key.limits
     if key.optional and (value is None or str(value).lower() in _NULL_WORDS):
@@ -203,7 +84,7 @@ def _convert(key: _Key, value: Any) -> Any:
     return value
 
 
-def _expectation(key: _Key) -> str:
+def _expectation(key: Key) -> str:
     """What a value of `key` must be, with an example."""
     if "choices" in key.limits:
         return f"expected one of {', '.join(key.limits['choices'])}"
@@ -260,7 +141,7 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, tuple[Any, str]]:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}:1: expected the sections {', '.join(SECTIONS)}, found none")
-    flags = {(key.section, key.name): flag for flag, key in _KEYS.items()}
+    flags = {(key.section, key.name): flag for flag, key in KEYS.items()}
     # A section written twice goes on where it stopped, a key written twice is a problem.
     for section_node, body in root.value:
         section, source = str(section_node.value), f"{path}:{section_node.start_mark.line + 1}"
@@ -291,9 +172,9 @@ def _nearest(name: str, candidates: Iterable[str], otherwise: str) -> str:
 
 def _place_hint(name: str, section: str | None = None) -> str:
     """Where a misplaced or misspelled YAML name belongs."""
-    places = {word: key for flag, key in _KEYS.items() for word in (flag, key.name)}
+    places = {word: key for flag, key in KEYS.items() for word in (flag, key.name)}
     real = _SYNONYMS.get(name, name)
-    here = [key.name for key in _KEYS.values() if key.section == section] or SECTIONS
+    here = [key.name for key in KEYS.values() if key.section == section] or SECTIONS
     if real not in places and (close := _nearest(name, here, "")):
         return close
     for word in difflib.get_close_matches(real, places, n=1, cutoff=0.75):
@@ -318,24 +199,24 @@ def load_config(config_path: Path | None, argv_overrides: dict[str, Any]) -> Con
     """
     problems: list[str] = []
     found = {} if config_path is None else _read_yaml(Path(config_path), problems)
-    components = [flag for flag in _KEYS if flag.startswith("lora_apply_to_")]
+    components = [flag for flag in KEYS if flag.startswith("lora_apply_to_")]
     if not found.keys().isdisjoint(components):
         found = {flag: ("false", str(config_path)) for flag in components} | found
     for flag, value in argv_overrides.items():
-        if flag in _KEYS:
+        if flag in KEYS:
             found[flag] = _as_text(value), f"--{flag}"
         else:
-            problems.append(f"unknown option {flag}, {_nearest(flag, _KEYS, 'see --help')}")
+            problems.append(f"unknown option {flag}, {_nearest(flag, KEYS, 'see --help')}")
     config = Config()
     for flag, (value, source) in found.items():
-        key = _KEYS[flag]
+        key = KEYS[flag]
         try:
             section = replace(getattr(config, key.section), **{key.name: _convert(key, value)})
             config = replace(config, **{key.section: section})
         except (ValueError, KeyError, TypeError):
             found_value = f"{key.section}.{key.name} is {'null' if value is None else repr(value)}"
             problems.append(f"{source}: {found_value}, {_expectation(key)}")
-    if not any(getattr(config.lora, _KEYS[flag].name) for flag in components):
+    if not any(getattr(config.lora, KEYS[flag].name) for flag in components):
         problems.append(f"no component is adapted: set one of {', '.join(components)} to true")
     if config.output.overwrite and config.output.resume:
         problems.append("output.overwrite and output.resume are both on: choose one")
@@ -361,6 +242,25 @@ def save_config(config: Config, path: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def check_same_settings(config: Config, earlier: Config) -> None:
+    """Compares the settings of a resumed run with those it began with.
+
+    Raises:
+        ConfigError: a key of `model`, `lora` or `training` that steps done depend on has changed.
+    """
+    changed = [
+        f"{section}.{key} {old!r} -> {value!r}"
+        for section in ("model", "lora", "training")
+        for key, value in vars(getattr(config, section)).items()
+        if key not in _MAY_CHANGE and (old := getattr(getattr(earlier, section), key)) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume: expected the settings that the run began with, found {'; '.join(changed)}; "
+            "leave these, or start a new run with --init_lora_weights"
+        )
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -406,7 +306,7 @@ def add_config_flags(
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of options")
     groups = {section: parser.add_argument_group(f"{section} options") for section in sections}
     arity = {bool: {"nargs": "?", "const": "true"}, tuple: {"nargs": "+"}}
-    for flag, key in _KEYS.items():
+    for flag, key in KEYS.items():
         if key.section in groups and flag not in without:
             default = _as_text(key.default) or "null"
             default = " ".join(default) if isinstance(default, list) else default
@@ -430,7 +330,7 @@ def config_from_args(args: argparse.Namespace) -> Config:
         The configuration; raises as `load_config` does.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
-    overrides = {flag: given[flag] for flag in _KEYS if flag in given}
+    overrides = {flag: given[flag] for flag in KEYS if flag in given}
     return load_config(given.get("config"), overrides)
 
 

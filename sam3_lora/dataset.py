@@ -9,10 +9,6 @@ ones and for words from outside the data set; evaluation asks every image for ev
 Every random choice of an item comes from (seed, epoch, index), so the same step sees the same data
 whatever the number of workers, and a run can go on where it stopped.
 
-    worker:  items -> packed (numpy, masks as bits) --pipe--> unpacked -> batch    :training process
-
-A tensor that crosses a worker's border takes a file descriptor and shared memory; numpy takes none.
-
 Source: the fine-tuning transforms of facebookresearch/sam3 @99d02f2 (roboflow_v100 configuration).
 """
 
@@ -20,12 +16,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from sam3_lora.coco import CocoSplit, DatasetError, decode_mask, read_image
@@ -63,6 +59,10 @@ class PromptDataset(Dataset):
         prompts_per_image: training: present categories are all asked for; absent categories and
             out-of-domain words fill up to this number.
         out_of_domain_prompts: training: how many of the filling prompts are out-of-domain words.
+        prompt_pool: training: an image is asked for prompts of a fixed list of this many, drawn
+            once; None: for others each epoch.
+        views: training: placements of an image, which the epochs take in turn; None: a new one
+            each epoch.
         augment: training: random resize and padding.
         flip_probability: training: of a left-right flip, 0 to 1.
         over_queries: training: of a prompt with more objects than queries, `cap` keeps the
@@ -82,6 +82,8 @@ class PromptDataset(Dataset):
         train: bool,
         prompts_per_image: int = 8,
         out_of_domain_prompts: int = 1,
+        prompt_pool: int | None = None,
+        views: int | None = None,
         augment: bool = True,
         flip_probability: float = 0.0,
         over_queries: str = "cap",
@@ -93,6 +95,10 @@ class PromptDataset(Dataset):
         self.train = train
         self.prompts_per_image = prompts_per_image
         self.out_of_domain_prompts = out_of_domain_prompts
+        self.prompt_pool = prompt_pool
+        self.views = views
+        # Whether items name their view, (index, placement), in place of the image's pixels.
+        self.cached = False
         self.augment = augment
         self.flip_probability = flip_probability
         self.seed = seed
@@ -119,31 +125,23 @@ class PromptDataset(Dataset):
             key: (epoch, index of the item).
 
         Returns:
-            `image` (3,S,S) uint8, `image_id`, `original_size` (H, W), and lists with one entry a
-            prompt: `texts`, `category_ids`, `targets` of `boxes_cxcywh` (G,4) in 0 to 1 of the
-            canvas, `has_mask` (G,) bool, `masks` (G,S,S) bool, empty for an object without one,
-            (0,S,S) where no object has one; and `complete` () bool, no object was left out.
+            `image` (3,S,S) uint8 or, `cached`, `view` (index, placement); `image_id`,
+            `original_size` (H, W), and lists with one entry a prompt: `texts`, `category_ids`,
+            `targets` of `boxes_cxcywh` (G,4) in 0 to 1 of the canvas, `has_mask` (G,) bool, `masks`
+            (G,S,S) bool, empty for an object without one, (0,S,S) where no object has one; and
+            `complete` () bool, no object was left out.
 
         Raises:
             DatasetError: the image file is missing or cannot be read.
         """
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        position, tile = self.items[index]
-        record = self.split.images[position]
-        photo = self._read_photo(record)
-        height, width = photo.shape[:2]
-        place = self._placement(rng)
-        objects, annotations = self._objects(record), self.split.annotations[record["id"]]
-        if tile:
-            objects = cut_objects(objects, tile, width, height)
-            annotations = [a for a in annotations if touches(a["bbox"], tile)]
-            photo = photo[tile[1] : tile[3], tile[0] : tile[2]]
-            height, width = photo.shape[:2]
-        # A category of which only a crowd, or too little, shows is neither a target nor absent.
-        shown = {a["category_id"] for a in annotations}
-        categories = self._choose_categories(shown, objects, rng)
-        texts = [self.split.phrase(c) if c != OUT_OF_DOMAIN else word for c, word in categories]
+        place, view = self._placement(rng), epoch
+        if self.views:
+            view = epoch % self.views
+            place = self._placement(np.random.default_rng((self.seed, view, index)))
+        objects, annotations, (height, width) = self._visible(index)
+        categories = self._choose_prompts(index, objects, annotations, rng)
         # As in Meta's data a crowd is no object, and background to the union of masks.
         annotated = Counter(a["category_id"] for a in annotations if not a["iscrowd"])
         targets = [
@@ -152,25 +150,54 @@ class PromptDataset(Dataset):
             )
             for c, _ in categories
         ]
-        image = torch.from_numpy(photo).permute(2, 0, 1)
-        return {
-            "image": place_on_canvas(image, self.image_size, *place),
-            "image_id": record["id"],
+        picture = {"view": (index, view)}
+        if not self.cached:
+            picture = {"image": self._draw(index, place)}
+        return picture | {
+            "image_id": self._record(index)["id"],
             "original_size": (height, width),
-            "texts": texts,
+            "texts": [self._text(c) for c in categories],
             "category_ids": [c for c, _ in categories],
             "targets": targets,
         }
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Item] | DatasetError:
-        """A batch's items, packed, or what is wrong with them; torch's loaders call this.
+    def pool(self, index: int) -> list[str]:
+        """The texts that an item can be asked for in training, where they are a fixed list."""
+        objects, annotations, _ = self._visible(index)
+        return [self._text(category) for category in self._pool(index, objects, annotations)]
 
-        The error is handed over, not raised: a loader would wrap it in the worker's traceback.
-        """
-        try:
-            return [_pack(self[key]) for key in keys]
-        except DatasetError as error:
-            return error
+    def image_of(self, index: int) -> tuple[Path, Window | None]:
+        """An item's image file, and its tile."""
+        return self.split.image_path(self._record(index)), self.items[index][1]
+
+    def _record(self, index: int) -> dict[str, Any]:
+        """The record of an item's image."""
+        return self.split.images[self.items[index][0]]
+
+    def _text(self, category: tuple[int, str]) -> str:
+        """The prompt of a (category id, word)."""
+        return category[1] if category[0] == OUT_OF_DOMAIN else self.split.phrase(category[0])
+
+    def _visible(
+        self, index: int
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[int, int]]:
+        """An item's objects that can be targets, all its annotations, its (height, width)."""
+        record, tile = self._record(index), self.items[index][1]
+        objects, annotations = self._objects(record), self.split.annotations[record["id"]]
+        height, width = record["height"], record["width"]
+        if tile:
+            objects = cut_objects(objects, tile, width, height)
+            annotations = [a for a in annotations if touches(a["bbox"], tile)]
+            height, width = tile[3] - tile[1], tile[2] - tile[0]
+        return objects, annotations, (height, width)
+
+    def _draw(self, index: int, place: tuple[int, int, int, bool]) -> torch.Tensor:
+        """An item's photo or tile on the canvas, (3,S,S) uint8."""
+        photo = self._read_photo(self._record(index))
+        if tile := self.items[index][1]:
+            photo = photo[tile[1] : tile[3], tile[0] : tile[2]]
+        image = torch.from_numpy(photo).permute(2, 0, 1)
+        return place_on_canvas(image, self.image_size, *place)
 
     def has_masks(self) -> bool:
         """Whether any object that can be a target has a mask."""
@@ -211,16 +238,46 @@ class PromptDataset(Dataset):
         left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
         return side, left, top, flip
 
-    def _choose_categories(
-        self, shown: set[int], objects: list[dict[str, Any]], rng: np.random.Generator
+    def _choose_prompts(
+        self,
+        index: int,
+        objects: list[dict[str, Any]],
+        annotations: list[dict[str, Any]],
+        rng: np.random.Generator,
     ) -> list[tuple[int, str]]:
         """(category id, word) of each prompt; the word counts for out-of-domain prompts only."""
         if not self.train:
             return [(c, "") for c in self.split.categories]
+        if self.prompt_pool is None:
+            return self._draw_prompts(objects, annotations, rng, self.prompts_per_image)
         present = {o["category_id"] for o in objects}
+        pool = self._pool(index, objects, annotations)
+        chosen = [c for c in pool if c[0] in present]
+        others = [c for c in pool if c[0] not in present]
+        free = max(self.prompts_per_image - len(chosen), 0 if chosen else 1)
+        return chosen + [others[i] for i in sorted(rng.permutation(len(others))[:free])]
+
+    def _pool(
+        self, index: int, objects: list[dict[str, Any]], annotations: list[dict[str, Any]]
+    ) -> list[tuple[int, str]]:
+        """The fixed list of an item's prompts."""
+        rng = np.random.default_rng((self.seed, index))
+        return self._draw_prompts(objects, annotations, rng, self.prompt_pool)
+
+    def _draw_prompts(
+        self,
+        objects: list[dict[str, Any]],
+        annotations: list[dict[str, Any]],
+        rng: np.random.Generator,
+        most: int,
+    ) -> list[tuple[int, str]]:
+        """All present categories, absent ones and words up to `most` prompts."""
+        present = {o["category_id"] for o in objects}
+        # A category of which only a crowd, or too little, shows is neither a target nor absent.
+        shown = {a["category_id"] for a in annotations}
         absent = [c for c in self.split.categories if c not in shown]
         chosen = [(c, "") for c in self.split.categories if c in present]
-        free = max(self.prompts_per_image - len(chosen), 0)
+        free = max(most - len(chosen), 0)
         words = min(self.out_of_domain_prompts, free, len(self.words))
         negatives = rng.permutation(len(absent))[: free - words]
         chosen += [(absent[i], "") for i in negatives]
@@ -362,118 +419,3 @@ def place_on_canvas(
     canvas = pixels.new_zeros(pixels.shape[0], size, size)
     canvas[:, top : top + side, left : left + side] = square
     return canvas
-
-
-def collate_fn(items: list[Item]) -> dict[str, Any]:
-    """Joins items into a batch of B rows.
-
-    Args:
-        items: I items of `PromptDataset`.
-
-    Returns:
-        `images` (I,3,S,S) uint8; `image_ids` and `original_sizes`, lists of I; `image_index` (B,)
-        long, row -> image; lists of B: `texts`, `category_ids`, `targets`; `box_prompts_cxcywh` and
-        `box_prompt_labels`, None.
-    """
-    counts = torch.tensor([len(item["texts"]) for item in items])
-    return {
-        "images": torch.stack([item["image"] for item in items]),
-        "image_ids": [item["image_id"] for item in items],
-        "original_sizes": [item["original_size"] for item in items],
-        "image_index": torch.repeat_interleave(torch.arange(len(items)), counts),
-        "texts": [text for item in items for text in item["texts"]],
-        "category_ids": [c for item in items for c in item["category_ids"]],
-        "targets": [target for item in items for target in item["targets"]],
-        "box_prompts_cxcywh": None,
-        "box_prompt_labels": None,
-    }
-
-
-def epoch_batches(
-    count: int, batch_size: int, epoch: int, seed: int, shuffle: bool
-) -> list[list[tuple[int, int]]]:
-    """The order of one epoch: batches of (epoch, index) keys; the last batch may be smaller.
-
-    Args:
-        count: number of images.
-        batch_size: images a batch.
-        epoch: from 0; each has its own order when shuffled.
-        seed: of the order.
-        shuffle: random order, or that of the file.
-    """
-    order = np.arange(count)
-    if shuffle:
-        order = np.random.default_rng((seed, epoch)).permutation(count)
-    keys = [(epoch, int(index)) for index in order]
-    return [keys[i : i + batch_size] for i in range(0, count, batch_size)]
-
-
-def _pack(item: Item) -> Item:
-    """An item with numpy arrays for tensors and eight pixels of a mask in a byte."""
-    targets = [{name: value.numpy() for name, value in t.items()} for t in item["targets"]]
-    for target in targets:
-        target["masks"] = np.packbits(target["masks"], axis=-1)  # (G,S,ceil(S/8))
-    return item | {"image": item["image"].numpy(), "targets": targets}
-
-
-def _unpack(item: Item) -> Item:
-    """The item that `_pack` took."""
-    size = item["image"].shape[-1]
-    targets = []
-    for packed in item["targets"]:
-        masks = np.unpackbits(packed["masks"], axis=-1, count=size).view(bool)
-        arrays = packed | {"masks": masks}
-        targets.append({name: torch.from_numpy(value) for name, value in arrays.items()})
-    return item | {"image": torch.from_numpy(item["image"]), "targets": targets}
-
-
-def _as_it_is(packed: Any) -> Any:
-    """Keeps the loader from turning arrays into tensors."""
-    return packed
-
-
-class Batches:
-    """Iterable over the batches of a loader of packed items; `len` is their number."""
-
-    def __init__(self, loader: DataLoader, pin: bool) -> None:
-        self.loader = loader
-        self.pin = pin
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields batches as from `collate_fn`; raises DatasetError as `PromptDataset` does."""
-        for packed in self.loader:
-            if isinstance(packed, DatasetError):
-                raise packed
-            batch = collate_fn([_unpack(item) for item in packed])
-            if self.pin:
-                batch["images"] = batch["images"].pin_memory()
-            yield batch
-
-
-def build_loader(
-    dataset: PromptDataset,
-    batches: list[list[tuple[int, int]]],
-    num_workers: int,
-    pin: bool = False,
-) -> Batches:
-    """Batches as from `collate_fn`, in the order given, read ahead by workers.
-
-    Args:
-        dataset: of the images.
-        batches: the keys of each batch, from `epoch_batches`.
-        num_workers: processes that read; with 0 this one does. The batches are the same.
-        pin: put the images in page-locked memory, which speeds copies to a GPU.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        # Of its own: a draw from the global one would change dropout after a resume.
-        generator=torch.Generator().manual_seed(0),
-    )
-    return Batches(loader, pin)

@@ -5,21 +5,29 @@ always draws every query's mask. Training needs the tower once per image, each d
 text once, every layer's outputs, and masks for matched queries alone. The sums are the same (tests
 hold them and their gradients equal):
 
-    images (I,3,S,S) -> ViT + neck -> fpn (I,C,h,w) x 3 --[image_index]--.
-    texts (U)        -> CLIP -> text (U,32,C) ------------[text_index]---+-> B rows -> DETR
-    boxes (B,N,4)    -> geometry encoder -> (B,N+1,C) -------------------'
+    images (I,3,S,S) -> ViT -> trunk (I,h,w,D) -> neck -> fpn (I,C,h,w) x 3 -[image_index]-.
+    texts (U)        -> CLIP -> text (U,32,C) -----------------------------[text_index]----+
+    no box           -> geometry encoder -> geometry (I,1,C) --------------[image_index]---+-> B
+    boxes (B,N,4)    -> geometry encoder -> (B,N+1,C) -------------------------------------' rows
+                                                        -> DETR encoder -> memory (B,h*w,C) -> heads
+
+A batch may bring `trunk`, or `memory` and `geometry`, of frozen parts (see features.py): they are
+not computed then.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from sam3_lora.model import num_queries
+from sam3_lora.model import image_size, num_queries
 
 # Tokens of a prompt; CLIP's text encoder has this many positions (transformers processing_sam3.py).
 CONTEXT_LENGTH = 32
@@ -29,6 +37,11 @@ PADDING_BOX = -10
 INVERSE_SIGMOID_EPS = 1e-3
 # The word SAM 3 was trained to read with a box exemplar and no text.
 VISUAL_PROMPT = "visual"
+
+# The attributes of the model that read a prompt's text.
+TEXT = ("text_encoder", "text_projection")
+# What a batch may bring of frozen parts, already computed.
+CACHED = ("trunk", "memory", "geometry")
 
 Outputs = dict[str, torch.Tensor]
 
@@ -66,6 +79,10 @@ class Forward:
         dtype: of the matrix products of towers, DETR encoder, decoder attention and mask decoder.
         one_to_many: also run the queries without self-attention (training's second branch).
         masks: run the mask decoder.
+        checkpointing: what is computed again in the backward pass instead of kept: `off`, `mlp`
+            (the ViT's MLPs, a third of its activations) or `full` (every layer of ViT, neck, DETR
+            and pixel decoder).
+        texts: features (32,C) and masks (32,) of prompts that a frozen text encoder has read.
     """
 
     model: nn.Module
@@ -74,11 +91,31 @@ class Forward:
     dtype: torch.dtype = torch.float32
     one_to_many: bool = False
     masks: bool = True
+    checkpointing: str = "off"
+    texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for layer in self.model.vision_encoder.backbone.layers:
+            layer.mlp.__dict__.pop("forward", None)
+            if self.checkpointing == "mlp":
+                layer.mlp.forward = partial(_recompute, layer.mlp.forward)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.detr_decoder.query_embed.weight.device
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the image's tokens."""
+        patch = self.model.vision_encoder.config.backbone_config.patch_size
+        return (image_size(self.model) // patch,) * 2
+
+    def _position(self) -> torch.Tensor:
+        """Sine position encoding of the image's tokens, (1,C,h,w) fp32."""
+        shape = torch.Size((1, self.model.detr_decoder.query_embed.embedding_dim, *self.grid))
+        neck = self.model.vision_encoder.neck
+        return neck.position_encoding(shape, self.device, torch.float32)
 
     def __call__(self, batch: dict[str, Any]) -> Outputs:
         """All rows of a batch at once: `predict` after `encode`."""
@@ -88,24 +125,113 @@ class Forward:
         """Vision features of the images and text features of the distinct prompts.
 
         Args:
-            batch: `images` (I,3,S,S) uint8 and `texts`, a list of B prompts.
+            batch: `texts`, a list of B prompts, and `images` (I,3,S,S) uint8 or, of frozen parts,
+                `trunk` (I,h,w,D), or `memory` (B,h*w,C) and `geometry` (I,1,C); with the last two
+                `trunk` serves the masks only.
 
         Returns:
-            `fpn_0`, `fpn_1`, `fpn_2` (I,C,h,w), finest first; `text` (U,32,C) fp32; `text_mask`
-            (U,32) bool; `text_index` (B,) long, row -> distinct prompt.
+            `fpn_2` (I,C,h,w) and, for masks, `fpn_1` (I,C,2h,2w), `fpn_0` (I,C,4h,4w); `text`
+            (U,32,C) fp32; `text_mask` (U,32) bool; `text_index` (B,) long, row -> distinct prompt;
+            `geometry` (I,1,C) where no prompt has boxes and `geometry_cls` is `meta`; `memory`
+            where the batch has it.
         """
-        distinct = list(dict.fromkeys(batch["texts"]))
+        names = (*CACHED, "images")
+        given = {k: batch[k].to(self.device, non_blocking=True) for k in names if k in batch}
+        features = self._text_features(batch["texts"])
+        features |= {k: given[k] for k in ("memory", "geometry") if k in given}
+        if "memory" in given and not self.masks:
+            return features
+        boxed = batch.get("box_prompts_cxcywh") is not None
+        wants_token = self.geometry_cls == "meta" and not boxed and "geometry" not in given
+        images = given.get("trunk", given.get("images"))
+        parts = []
+        for image in self._groups(images, "vision_encoder"):
+            trunk = image if "trunk" in given else self.encode_trunk(image)
+            part = self._neck(trunk)
+            if wants_token:
+                part["geometry"] = self._geometry_token(part["fpn_2"])
+            parts.append(part)
+        return features | {k: _join([part[k] for part in parts]) for k in parts[0]}
+
+    def encode_trunk(self, images: torch.Tensor) -> torch.Tensor:
+        """The ViT.
+
+        Args:
+            images: (I,3,S,S) uint8, S the model's image size.
+
+        Returns:
+            (I,h,w,D), h = w = S / 14, in the dtype of the tower's weights.
+        """
+        backbone = self.model.vision_encoder.backbone
+        # Mean and std 0.5 on 0..1, as the image processor's: 0..255 becomes -1..1.
+        pixels = (images.float() - 127.5) / 127.5
+        hidden = backbone.embeddings(pixels.to(backbone.layer_norm.weight.dtype))  # (I, h*w, D)
+        hidden = backbone.layer_norm(hidden.unflatten(1, self.grid))
+        for layer in backbone.layers:
+            hidden = self._layer(layer)(hidden)
+        return hidden
+
+    def _neck(self, trunk: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The levels that are read: never the coarsest, the two finest for masks only."""
+        spatial = trunk.permute(0, 3, 1, 2)  # (I,D,h,w)
+        layers = self.model.vision_encoder.neck.fpn_layers
+        levels = range(3) if self.masks else (2,)
+        return {f"fpn_{i}": self._layer(layers[i])(spatial) for i in levels}
+
+    def _layer(self, layer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """A layer, or one whose activations are computed again in the backward pass."""
+        return partial(_recompute, layer) if self.checkpointing == "full" else layer
+
+    def _groups(self, tensor: torch.Tensor, component: str) -> Sequence[torch.Tensor]:
+        """What goes through a component together: all, but one by one in training on a CPU where
+        it is frozen. Then no bit depends on what stands beside, as none does in features.py."""
+        alone = self.device.type == "cpu" and torch.is_grad_enabled()
+        return tensor.split(1) if alone and self.is_frozen(component) else (tensor,)
+
+    def is_frozen(self, *components: str) -> bool:
+        """Whether no parameter of these attributes of the model is trained."""
+        modules = (getattr(self.model, name) for name in components)
+        return not any(p.requires_grad for module in modules for p in module.parameters())
+
+    def _text_features(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """`text`, `text_mask`, `text_index` of a batch's prompts."""
+        distinct = list(dict.fromkeys(texts))
         position = {text: index for index, text in enumerate(distinct)}
-        input_ids, attention_mask = tokenize(self.tokenizer, distinct)
-        features = encode_images(self.model, batch["images"].to(self.device))
-        features["text"] = encode_texts(
-            self.model, input_ids.to(self.device), attention_mask.to(self.device)
-        )
-        features["text_mask"] = attention_mask.bool().to(self.device)
-        features["text_index"] = torch.tensor(
-            [position[text] for text in batch["texts"]], device=self.device
-        )
-        return features
+        if self.is_frozen(*TEXT):
+            self.remember_texts(distinct)
+            text, mask = (torch.stack(t) for t in zip(*map(self.texts.get, distinct), strict=True))
+        else:
+            text, mask = self._read_texts(distinct)
+        index = torch.tensor([position[text] for text in texts]).to(self.device, non_blocking=True)
+        return {"text": text, "text_mask": mask, "text_index": index}
+
+    def _read_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text encoder: features (U,32,C) fp32 and masks (U,32) bool."""
+        if self.model.text_encoder.device.type == "meta":
+            raise RuntimeError(f"the text encoder was released before it had read {texts}")
+        ids, mask = (t.to(self.device) for t in tokenize(self.tokenizer, texts))
+        text = self.model.get_text_features(input_ids=ids, attention_mask=mask)
+        return text.pooler_output.float(), mask.bool()
+
+    @torch.no_grad()
+    def remember_texts(self, texts: Sequence[str]) -> None:
+        """Reads prompts that were not read before.
+
+        One at a time: what a prompt becomes must not depend, to the last bit, on those beside it.
+        """
+        for text in dict.fromkeys(texts):
+            if text not in self.texts:
+                features, mask = self._read_texts([text])
+                self.texts[text] = features[0], mask[0]
+
+    def release_text_encoder(self, texts: Sequence[str]) -> None:
+        """Reads all prompts there will be and frees the text encoder's weights, 0.7 GB in bf16.
+
+        Without effect where the text encoder is trained. Its modules stay, on the meta device.
+        """
+        if self.is_frozen(*TEXT):
+            self.remember_texts(texts)
+            self.model.text_encoder.to("meta")
 
     def predict(
         self, features: dict[str, torch.Tensor], batch: dict[str, Any], rows: slice
@@ -125,77 +251,97 @@ class Forward:
             `o2m_logits`, `o2m_boxes_cxcywh`, `o2m_mask_embed` where `one_to_many` is on. The mask
             logits of query q of row r are `mask_embed[r, q] . pixel_embed[r]`.
         """
-        image_index = batch["image_index"].to(self.device)[rows]
-        text_index = features["text_index"][rows]
-        levels = [features[f"fpn_{i}"] for i in range(3)]
-        coarse = levels[-1].float().index_select(0, image_index)  # (b,C,h,w); sums grads in fp32
-        position = _grid_position(self.model, coarse)  # (1,C,h,w)
-        boxes = labels = None
-        if batch.get("box_prompts_cxcywh") is not None:
-            boxes = batch["box_prompts_cxcywh"].to(self.device)[rows]
-            labels = batch["box_prompt_labels"].to(self.device)[rows]
-        prompt, prompt_mask = self._join_prompts(
-            features["text"].index_select(0, text_index),
-            features["text_mask"].index_select(0, text_index),
-            boxes,
-            labels,
-            coarse,
-            position,
-        )
-        with self._autocast():
-            memory = _encode_detr(self.model, coarse, position, prompt, prompt_mask)
-        outputs, states = _decode(
-            self.model,
-            memory,
-            position.flatten(2).transpose(1, 2),
-            coarse.shape[-2:],
-            prompt,
-            prompt_mask,
-            self.one_to_many,
-            self._autocast,
-        )
+        image_index = batch["image_index"].to(self.device, non_blocking=True)[rows]
+        memory, prompt, prompt_mask = self.fuse(features, batch, rows)
+        outputs, states = self._decode(memory, prompt, prompt_mask)
         if self.masks:
-            outputs |= self._mask_outputs(states, levels, image_index, memory, prompt, prompt_mask)
+            outputs |= self._mask_outputs(
+                states, features, image_index, memory, prompt, prompt_mask
+            )
         return outputs
+
+    def fuse(
+        self, features: dict[str, torch.Tensor], batch: dict[str, Any], rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image and prompt of some rows, as the decoder reads them; arguments as for `predict`.
+
+        Returns:
+            The DETR encoder's memory (b,h*w,C), prompt tokens (b,n,C), their mask (b,n) bool.
+        """
+        image_index = batch["image_index"].to(self.device, non_blocking=True)[rows]
+        text_index = features["text_index"][rows]
+        prompt = features["text"].index_select(0, text_index)
+        prompt_mask = features["text_mask"].index_select(0, text_index)
+        coarse = None
+        if "fpn_2" in features:  # (b,C,h,w); sums gradients in fp32
+            coarse = features["fpn_2"].float().index_select(0, image_index)
+        if "geometry" in features:
+            token = features["geometry"].index_select(0, image_index)
+            prompt = torch.cat([prompt, token], dim=1)
+            prompt_mask = F.pad(prompt_mask, (0, 1), value=True)
+        elif batch.get("box_prompts_cxcywh") is not None:
+            boxes = batch["box_prompts_cxcywh"].to(self.device, non_blocking=True)[rows]
+            labels = batch["box_prompt_labels"].to(self.device, non_blocking=True)[rows]
+            tokens, mask = self._read_boxes(boxes, labels, coarse)
+            prompt = torch.cat([prompt, tokens], dim=1)
+            prompt_mask = torch.cat([prompt_mask, mask], dim=1)
+        if "memory" in features:
+            return features["memory"][rows], prompt, prompt_mask
+        inputs = (coarse, prompt, prompt_mask)
+        parts = [
+            self._encode_detr(*part)
+            for part in zip(*(self._groups(t, "detr_encoder") for t in inputs), strict=True)
+        ]
+        return _join(parts), prompt, prompt_mask
 
     def _autocast(self) -> torch.autocast:
         """Mixed precision for the DETR and mask heads; off in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _join_prompts(
-        self,
-        text: torch.Tensor,
-        text_mask: torch.Tensor,
-        boxes: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        coarse: torch.Tensor,
-        position: torch.Tensor,
+    def _geometry_token(self, coarse: torch.Tensor) -> torch.Tensor:
+        """The geometry encoder's answer (I,1,C) to an image (I,C,h,w) without boxes."""
+        coarse = coarse.float()
+        boxes = coarse.new_zeros(len(coarse), 1, 4)
+        labels = torch.full((len(coarse), 1), PADDING_BOX, device=coarse.device)
+        # The padding box is masked in there; its token says nothing.
+        return self._read_boxes(boxes, labels, coarse)[0][:, :1]
+
+    def _read_boxes(
+        self, boxes: torch.Tensor, labels: torch.Tensor, coarse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text tokens, then geometry tokens: (b,32[+N+1],C) and a mask, True for a real token."""
-        count = text.shape[0]
-        if boxes is None:
-            if self.geometry_cls == "hf":
-                return text, text_mask
-            boxes = text.new_zeros(count, 1, 4)
-            labels = torch.full((count, 1), PADDING_BOX, device=text.device)
+        """Geometry encoder: tokens (b,N+1,C) and a mask (b,N+1), True for a real one."""
         valid = labels != PADDING_BOX
         geometry = self.model.geometry_encoder(
             box_embeddings=boxes.float(),
             box_mask=valid,
             box_labels=labels.clamp(min=0),
             img_feats=(coarse,),
-            img_pos_embeds=(position.expand_as(coarse),),
+            img_pos_embeds=(self._position().expand_as(coarse),),
         )
-        geometry_mask = geometry.attention_mask
+        mask = geometry.attention_mask
         if self.geometry_cls == "hf":
-            geometry_mask = geometry_mask & valid.any(1, keepdim=True)
-        prompt = torch.cat([text, geometry.last_hidden_state], dim=1)
-        return prompt, torch.cat([text_mask, geometry_mask], dim=1)
+            mask = mask & valid.any(1, keepdim=True)
+        return geometry.last_hidden_state, mask
+
+    def _encode_detr(
+        self, coarse: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """DETR encoder: image tokens conditioned on the prompt, (b, h*w, C)."""
+        hidden = coarse.flatten(2).transpose(1, 2)
+        with self._autocast():
+            for layer in self.model.detr_encoder.layers:
+                hidden = self._layer(layer)(
+                    hidden,
+                    prompt_feats=prompt,
+                    vision_pos_encoding=self._position().flatten(2).transpose(1, 2),
+                    prompt_cross_attn_mask=prompt_mask[:, None, None, :],
+                )
+        return hidden
 
     def _mask_outputs(
         self,
         states: torch.Tensor,
-        levels: list[torch.Tensor],
+        features: dict[str, torch.Tensor],
         image_index: torch.Tensor,
         memory: torch.Tensor,
         prompt: torch.Tensor,
@@ -211,15 +357,11 @@ class Forward:
                 attention_mask=prompt_mask[:, None, None, :],
             )
             memory = memory + decoder.prompt_cross_attn_dropout(attended)
-            height, width = levels[-1].shape[-2:]
-            pixels = memory.transpose(1, 2).unflatten(2, (height, width))  # (b,C,h,w)
+            pixels = memory.transpose(1, 2).unflatten(2, self.grid)  # (b,C,h,w)
             # The third convolution of the published weights has no level to work on.
-            fine = levels[-2::-1]
-            convs = decoder.pixel_decoder.conv_layers[: len(fine)]
-            norms = decoder.pixel_decoder.norms[: len(fine)]
-            for level, conv, norm in zip(fine, convs, norms, strict=True):
-                pixels = F.interpolate(pixels, size=level.shape[-2:], mode="nearest")
-                pixels = F.relu(norm(conv(pixels + level.index_select(0, image_index))))
+            for number, name in enumerate(("fpn_1", "fpn_0")):
+                fine = features[name].index_select(0, image_index)
+                pixels = self._layer(self._pixel_layer)(number, pixels, fine)
             outputs = {
                 "pixel_embed": decoder.instance_projection(pixels),
                 "semantic": decoder.semantic_projection(pixels)[:, 0].float(),
@@ -231,33 +373,92 @@ class Forward:
             outputs["o2m_mask_embed"] = mask_embed[:, queries:]
         return outputs
 
+    def _pixel_layer(self, number: int, pixels: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+        """One level of the pixel decoder: (b,C,h,w) and a level (b,C,2h,2w) to (b,C,2h,2w)."""
+        decoder = self.model.mask_decoder.pixel_decoder
+        pixels = F.interpolate(pixels, size=fine.shape[-2:], mode="nearest")
+        return F.relu(decoder.norms[number](decoder.conv_layers[number](pixels + fine)))
 
-def encode_images(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """ViT and neck, without the coarsest level that nothing reads.
+    def _decode(
+        self, memory: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor
+    ) -> tuple[Outputs, torch.Tensor]:
+        """DETR decoder: outputs of every layer, and the last layer's query states (b, Q or 2Q, C).
 
-    Args:
-        model: base or adapted model.
-        images: (I,3,S,S) uint8, S the model's image size.
+        With `one_to_many` the queries stand twice; the second half takes no part in self-attention.
+        """
+        decoder = self.model.detr_decoder
+        count, queries = memory.shape[0], decoder.query_embed.num_embeddings
+        copies = 2 if self.one_to_many else 1
+        embed = decoder.query_embed.weight.repeat(copies, 1)
+        hidden = torch.cat([decoder.presence_token.weight, embed])[None].expand(count, -1, -1)
+        start = decoder.reference_points.weight.sigmoid().repeat(copies, 1)[None]
+        # What the next layer reads, without a gradient; and the same with the graph that made it.
+        reference = stored = start.expand(count, -1, -1)
+        keys = memory.float(), self._position().flatten(2).transpose(1, 2)
+        texts = prompt, prompt_mask[:, None, None, :]
+        states, boxes, presence = [], [], []
+        for layer in decoder.layers:
+            hidden = self._layer(self._decoder_layer)(layer, hidden, reference, *keys, *texts)
+            state = decoder.output_layer_norm(hidden[:, 1:])
+            delta = decoder.box_head(state)
+            boxes.append((inverse_sigmoid(stored) + delta).sigmoid())
+            stored = (inverse_sigmoid(reference) + delta).sigmoid()
+            reference = stored.detach()
+            # Not clamped at +-10 as in the library, which would stop the gradient there.
+            presence.append(decoder.presence_head(decoder.presence_layer_norm(hidden[:, 0]))[:, 0])
+            states.append(state)
+        logits = self.model.dot_product_scoring(torch.stack(states), prompt, prompt_mask)
+        outputs = {"presence": torch.stack(presence)}
+        halves = {"": slice(0, queries), "o2m_": slice(queries, None)}
+        for prefix, half in list(halves.items())[:copies]:
+            outputs[prefix + "logits"] = logits.squeeze(-1)[:, :, half]
+            outputs[prefix + "boxes_cxcywh"] = torch.stack([b[:, half] for b in boxes])
+        return outputs, states[-1]
 
-    Returns:
-        `fpn_0`, `fpn_1`, `fpn_2`: (I,C,4h,4w), (I,C,2h,2w), (I,C,h,w) with h = w = S / 14.
-    """
-    vision = model.vision_encoder
-    dtype = vision.neck.fpn_layers[0].proj1.weight.dtype
-    # Mean and std 0.5 on 0..1, as the image processor's: 0..255 becomes -1..1.
-    pixels = ((images.float() - 127.5) / 127.5).to(dtype)
-    tokens = vision.backbone(pixels).last_hidden_state  # (I, h*w, D)
-    grid = images.shape[-1] // vision.config.backbone_config.patch_size
-    spatial = tokens.transpose(1, 2).unflatten(2, (grid, grid))
-    return {f"fpn_{i}": layer(spatial) for i, layer in enumerate(vision.neck.fpn_layers[:-1])}
+    def _decoder_layer(
+        self,
+        layer: nn.Module,
+        hidden: torch.Tensor,
+        reference: torch.Tensor,
+        memory: torch.Tensor,
+        position: torch.Tensor,
+        prompt: torch.Tensor,
+        prompt_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """One decoder layer (b,1+q,C); only the presence token and the first Q queries take part
+        in self-attention."""
+        query_pos, bias = self._query_geometry(reference)
+        attending = 1 + num_queries(self.model)
+        head, rest = hidden[:, :attending], hidden[:, attending:]
+        query = head + query_pos[:, :attending]
+        with self._autocast():
+            attended, _ = layer.self_attn(query=query, key=query, value=head)
+            head = head + layer.self_attn_dropout(attended)
+            hidden = layer.self_attn_layer_norm(torch.cat([head, rest], dim=1))
+            attended, _ = layer.text_cross_attn(
+                query=hidden + query_pos, key=prompt, value=prompt, attention_mask=prompt_mask
+            )
+            hidden = hidden + layer.text_cross_attn_dropout(attended)
+            hidden = layer.text_cross_attn_layer_norm(hidden)
+            attended, _ = layer.vision_cross_attn(
+                query=hidden + query_pos, key=memory + position, value=memory, attention_mask=bias
+            )
+            hidden = hidden + layer.vision_cross_attn_dropout(attended)
+            hidden = layer.vision_cross_attn_layer_norm(hidden).float()
+        # As in Meta's decoder the feed-forward stays in fp32.
+        hidden = hidden + layer.mlp_dropout(layer.mlp(hidden))
+        return layer.mlp_layer_norm(hidden)
 
+    def _query_geometry(self, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (b,1+q,C) of the tokens and their bias (b,heads,1+q,h*w) on the image's tokens.
 
-def encode_texts(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> torch.Tensor:
-    """Text features of prompts: (U, 32) ids and mask to (U, 32, C) fp32."""
-    text = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
-    return text.pooler_output.float()
+        Both come from the boxes (b,q,4) that the layer reads; the presence token, first, has
+        neither.
+        """
+        decoder = self.model.detr_decoder
+        query_pos = decoder.ref_point_head(decoder.position_encoding.encode_boxes(reference))
+        bias = decoder._get_rpb_matrix(reference, self.grid)
+        return F.pad(query_pos, (0, 0, 1, 0)), F.pad(bias, (0, 0, 1, 0))
 
 
 def predict_masks(outputs: Outputs, row: int, queries: torch.Tensor) -> torch.Tensor:
@@ -268,131 +469,17 @@ def predict_masks(outputs: Outputs, row: int, queries: torch.Tensor) -> torch.Te
     return torch.einsum("nc,chw->nhw", embed, pixels).float()
 
 
-def _grid_position(model: nn.Module, coarse: torch.Tensor) -> torch.Tensor:
-    """Sine position encoding of the coarsest level used, (1,C,h,w) fp32."""
-    shape = torch.Size((1, *coarse.shape[1:]))
-    return model.vision_encoder.neck.position_encoding(shape, coarse.device, torch.float32)
-
-
-def _encode_detr(
-    model: nn.Module,
-    coarse: torch.Tensor,
-    position: torch.Tensor,
-    prompt: torch.Tensor,
-    prompt_mask: torch.Tensor,
-) -> torch.Tensor:
-    """DETR encoder: image tokens conditioned on the prompt, (b, h*w, C)."""
-    hidden = coarse.flatten(2).transpose(1, 2)
-    pos = position.flatten(2).transpose(1, 2)
-    for layer in model.detr_encoder.layers:
-        hidden = layer(
-            hidden,
-            prompt_feats=prompt,
-            vision_pos_encoding=pos,
-            prompt_cross_attn_mask=prompt_mask[:, None, None, :],
-        )
-    return hidden
-
-
 def inverse_sigmoid(x: torch.Tensor) -> torch.Tensor:
     """log(x / (1 - x)) with both arguments of the quotient clipped from below at 1e-3."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=INVERSE_SIGMOID_EPS) / (1 - x).clamp(min=INVERSE_SIGMOID_EPS))
 
 
-def _decode(
-    model: nn.Module,
-    memory: torch.Tensor,
-    position: torch.Tensor,
-    grid: tuple[int, int],
-    prompt: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    one_to_many: bool,
-    autocast: Any,
-) -> tuple[Outputs, torch.Tensor]:
-    """DETR decoder: outputs of every layer, and the last layer's query states (b, Q or 2Q, C).
-
-    With `one_to_many` the queries stand twice; the second half takes no part in self-attention.
-    """
-    decoder = model.detr_decoder
-    count, queries = memory.shape[0], decoder.query_embed.num_embeddings
-    copies = 2 if one_to_many else 1
-    embed = decoder.query_embed.weight.repeat(copies, 1)
-    hidden = torch.cat([decoder.presence_token.weight, embed])[None].expand(count, -1, -1)
-    start = decoder.reference_points.weight.sigmoid().repeat(copies, 1)[None]
-    # What the next layer reads, without a gradient; and the same with the graph that made it.
-    reference = stored = start.expand(count, -1, -1)
-    states, boxes, presence = [], [], []
-    for layer in decoder.layers:
-        hidden = _decoder_layer(
-            layer,
-            hidden,
-            *_query_geometry(decoder, reference, grid),
-            memory.float(),
-            position,
-            prompt,
-            prompt_mask[:, None, None, :],
-            1 + queries,
-            autocast,
-        )
-        state = decoder.output_layer_norm(hidden[:, 1:])
-        delta = decoder.box_head(state)
-        boxes.append((inverse_sigmoid(stored) + delta).sigmoid())
-        stored = (inverse_sigmoid(reference) + delta).sigmoid()
-        reference = stored.detach()
-        # Not clamped at +-10 as in the library, which would stop the gradient there.
-        presence.append(decoder.presence_head(decoder.presence_layer_norm(hidden[:, 0]))[:, 0])
-        states.append(state)
-    logits = model.dot_product_scoring(torch.stack(states), prompt, prompt_mask).squeeze(-1)
-    outputs = {"presence": torch.stack(presence)}
-    halves = {"": slice(0, queries), "o2m_": slice(queries, None)}
-    for prefix, half in list(halves.items())[:copies]:
-        outputs[prefix + "logits"] = logits[:, :, half]
-        outputs[prefix + "boxes_cxcywh"] = torch.stack([b[:, half] for b in boxes])
-    return outputs, states[-1]
+def _recompute(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Calls a function whose activations are computed again in the backward pass, not kept."""
+    return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
-def _query_geometry(
-    decoder: nn.Module, reference: torch.Tensor, grid: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (b,1+q,C) of the tokens and their bias (b,heads,1+q,h*w) on the image's tokens.
-
-    Both come from the boxes (b,q,4) that the layer reads; the presence token, first, has neither.
-    """
-    query_pos = decoder.ref_point_head(decoder.position_encoding.encode_boxes(reference))
-    bias = decoder._get_rpb_matrix(reference, (int(grid[0]), int(grid[1])))
-    return F.pad(query_pos, (0, 0, 1, 0)), F.pad(bias, (0, 0, 1, 0))
-
-
-def _decoder_layer(
-    layer: nn.Module,
-    hidden: torch.Tensor,
-    query_pos: torch.Tensor,
-    bias: torch.Tensor,
-    memory: torch.Tensor,
-    position: torch.Tensor,
-    prompt: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    attending: int,
-    autocast: Any,
-) -> torch.Tensor:
-    """One decoder layer; only the first `attending` tokens take part in self-attention."""
-    head, rest = hidden[:, :attending], hidden[:, attending:]
-    query = head + query_pos[:, :attending]
-    with autocast():
-        attended, _ = layer.self_attn(query=query, key=query, value=head)
-        head = head + layer.self_attn_dropout(attended)
-        hidden = layer.self_attn_layer_norm(torch.cat([head, rest], dim=1))
-        attended, _ = layer.text_cross_attn(
-            query=hidden + query_pos, key=prompt, value=prompt, attention_mask=prompt_mask
-        )
-        hidden = hidden + layer.text_cross_attn_dropout(attended)
-        hidden = layer.text_cross_attn_layer_norm(hidden)
-        attended, _ = layer.vision_cross_attn(
-            query=hidden + query_pos, key=memory + position, value=memory, attention_mask=bias
-        )
-        hidden = hidden + layer.vision_cross_attn_dropout(attended)
-        hidden = layer.vision_cross_attn_layer_norm(hidden).float()
-    # As in Meta's decoder the feed-forward stays in fp32.
-    hidden = hidden + layer.mlp_dropout(layer.mlp(hidden))
-    return layer.mlp_layer_norm(hidden)
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor again of what went through a component in groups."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 24
+MAX_PACKAGE_FILES = 28
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -22,7 +22,7 @@ MAX_MAIN_LINES = 60
 MAY_IMPORT = {
     "model": {"lora_layers"},
     "checkpoint": {"lora_layers"},
-    "config": {"lora_layers"},
+    "config": {"lora_layers", "options"},
     "coco": {"faults", "geometry", "images"},
     "faults": {"geometry", "images"},
     "images": {"geometry"},
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "mask_images": {"coco", "shapes", "images"},
     "tiles": {"coco"},
     "dataset": {"coco", "tiles"},
+    "loader": {"dataset", "images"},
     "metrics": {"coco"},
     "forward": {"model"},
     "evaluation": {"lora_layers", "checkpoint", "coco", "engine", "forward", "metrics", "model"},

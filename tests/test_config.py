@@ -56,7 +56,7 @@ def test_key_names_are_unique_and_so_are_flags() -> None:
         for section in dataclasses.fields(Config())
         for item in dataclasses.fields(getattr(Config(), section.name))
     ]
-    assert len(names) == len(set(names)) == len(config_module._KEYS)
+    assert len(names) == len(set(names)) == len(config_module.KEYS)
 
 
 def test_every_component_of_the_adapter_has_a_key() -> None:

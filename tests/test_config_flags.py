@@ -176,7 +176,7 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
         parser().parse_args(["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag in config_module._KEYS:
+    for flag in config_module.KEYS:
         assert f"--{flag} " in text
     assert "images per micro-batch (default: 4)" in text
 

@@ -11,15 +11,8 @@ import torch
 from PIL import Image
 
 from sam3_lora.coco import DatasetError, read_split
-from sam3_lora.dataset import (
-    OUT_OF_DOMAIN,
-    OUT_OF_DOMAIN_WORDS,
-    PromptDataset,
-    build_loader,
-    collate_fn,
-    epoch_batches,
-    place_on_canvas,
-)
+from sam3_lora.dataset import OUT_OF_DOMAIN, OUT_OF_DOMAIN_WORDS, PromptDataset, place_on_canvas
+from sam3_lora.loader import build_loader, collate_fn, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 
 SIZE, QUERIES = 112, 16

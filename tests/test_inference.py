@@ -213,9 +213,9 @@ def test_a_training_config_is_taken(run, photo, tmp_path, adapters) -> None:
 
 def test_prompts_share_one_vision_pass(run, photo, tmp_path, monkeypatch) -> None:
     calls = []
-    encode = forward_module.encode_images
+    encode = forward_module.Forward.encode_trunk
     monkeypatch.setattr(
-        forward_module, "encode_images", lambda *args: calls.append(args) or encode(*args)
+        forward_module.Forward, "encode_trunk", lambda *args: calls.append(args) or encode(*args)
     )
     words = ["--image", photo, "--text_prompt", "a", "b", "c", "--bboxes", BOX]
     run(*words, "--output", tmp_path / "one.png")

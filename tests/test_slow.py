@@ -12,8 +12,9 @@ import evaluate_sam3_lora
 import prepare_data
 from sam3_lora import engine
 from sam3_lora.coco import read_split
-from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches
+from sam3_lora.dataset import PromptDataset
 from sam3_lora.forward import Forward
+from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import image_size, load_model, num_queries
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from sam3_lora.coco import DatasetError, decode_mask, encode_mask, read_split
-from sam3_lora.dataset import PromptDataset, build_loader, epoch_batches
+from sam3_lora.dataset import PromptDataset
+from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.tiles import (
     MOST_TILES,

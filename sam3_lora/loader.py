@@ -1,0 +1,156 @@
+"""Items to batches: their order, the processes that read them, how they travel.
+
+    worker:  items -> packed (numpy, masks as bits) --pipe--> unpacked -> batch    :training process
+
+A tensor that crosses a worker's border takes a file descriptor and shared memory; numpy takes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sam3_lora.dataset import Item, PromptDataset
+from sam3_lora.images import DatasetError
+
+
+def collate_fn(items: list[Item]) -> dict[str, Any]:
+    """Joins items into a batch of B rows.
+
+    Args:
+        items: I items of `PromptDataset`.
+
+    Returns:
+        `images` (I,3,S,S) uint8, or `views`, a list of I; `image_ids` and `original_sizes`, lists
+        of I; `image_index` (B,) long, row -> image; lists of B: `texts`, `category_ids`, `targets`;
+        `box_prompts_cxcywh` and `box_prompt_labels`, None.
+    """
+    counts = torch.tensor([len(item["texts"]) for item in items])
+    pictures = {"views": [item.get("view") for item in items]}
+    if "image" in items[0]:
+        pictures = {"images": torch.stack([item["image"] for item in items])}
+    return {
+        **pictures,
+        "image_ids": [item["image_id"] for item in items],
+        "original_sizes": [item["original_size"] for item in items],
+        "image_index": torch.repeat_interleave(torch.arange(len(items)), counts),
+        "texts": [text for item in items for text in item["texts"]],
+        "category_ids": [c for item in items for c in item["category_ids"]],
+        "targets": [target for item in items for target in item["targets"]],
+        "box_prompts_cxcywh": None,
+        "box_prompt_labels": None,
+    }
+
+
+def epoch_batches(
+    count: int, batch_size: int, epoch: int, seed: int, shuffle: bool
+) -> list[list[tuple[int, int]]]:
+    """The order of one epoch: batches of (epoch, index) keys; the last batch may be smaller.
+
+    Args:
+        count: number of images.
+        batch_size: images a batch.
+        epoch: from 0; each has its own order when shuffled.
+        seed: of the order.
+        shuffle: random order, or that of the file.
+    """
+    order = np.arange(count)
+    if shuffle:
+        order = np.random.default_rng((seed, epoch)).permutation(count)
+    keys = [(epoch, int(index)) for index in order]
+    return [keys[i : i + batch_size] for i in range(0, count, batch_size)]
+
+
+class _Packed(Dataset):
+    """A data set whose items travel between processes."""
+
+    def __init__(self, dataset: PromptDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Item] | DatasetError:
+        """A batch's items, packed, or what is wrong with them; torch's loaders call this.
+
+        The error is handed over, not raised: a loader would wrap it in the worker's traceback.
+        """
+        try:
+            return [_pack(self.dataset[key]) for key in keys]
+        except DatasetError as error:
+            return error
+
+
+def _pack(item: Item) -> Item:
+    """An item with numpy arrays for tensors and eight pixels of a mask in a byte."""
+    targets = [{name: value.numpy() for name, value in t.items()} for t in item["targets"]]
+    for target in targets:
+        target["side"] = target["masks"].shape[-1]
+        target["masks"] = np.packbits(target["masks"], axis=-1)  # (G,S,ceil(S/8))
+    image = {"image": item["image"].numpy()} if "image" in item else {}
+    return item | image | {"targets": targets}
+
+
+def _unpack(item: Item) -> Item:
+    """The item that `_pack` took."""
+    targets = []
+    for packed in item["targets"]:
+        side = packed.pop("side")
+        masks = np.unpackbits(packed["masks"], axis=-1, count=side).view(bool)
+        arrays = packed | {"masks": masks}
+        targets.append({name: torch.from_numpy(value) for name, value in arrays.items()})
+    image = {"image": torch.from_numpy(item["image"])} if "image" in item else {}
+    return item | image | {"targets": targets}
+
+
+def _as_it_is(packed: Any) -> Any:
+    """Keeps the loader from turning arrays into tensors."""
+    return packed
+
+
+class Batches:
+    """Iterable over the batches of a loader of packed items; `len` is their number."""
+
+    def __init__(self, loader: DataLoader, pin: bool) -> None:
+        self.loader = loader
+        self.pin = pin
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields batches as from `collate_fn`; raises DatasetError as `PromptDataset` does."""
+        for packed in self.loader:
+            if isinstance(packed, DatasetError):
+                raise packed
+            batch = collate_fn([_unpack(item) for item in packed])
+            if self.pin and "images" in batch:
+                batch["images"] = batch["images"].pin_memory()
+            yield batch
+
+
+def build_loader(
+    dataset: PromptDataset,
+    batches: list[list[tuple[int, int]]],
+    num_workers: int,
+    pin: bool = False,
+) -> Batches:
+    """Batches as from `collate_fn`, in the order given, read ahead by workers.
+
+    Args:
+        dataset: of the images.
+        batches: the keys of each batch, from `epoch_batches`.
+        num_workers: processes that read; with 0 this one does. The batches are the same.
+        pin: put the images in page-locked memory, which speeds copies to a GPU.
+    """
+    loader = DataLoader(
+        _Packed(dataset),
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        # Of its own: a draw from the global one would change dropout after a resume.
+        generator=torch.Generator().manual_seed(0),
+    )
+    return Batches(loader, pin)

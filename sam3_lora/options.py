@@ -1,0 +1,135 @@
+"""The options of every script: one list of keys, in six sections.
+
+A key is a field of a section; its help, range and choices are the field's metadata. config.py reads
+their values from YAML and from flags.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+MAX_SEED = 2**32 - 1  # NumPy's limit
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+_OVER_QUERIES = ("cap", "tile", "error")
+_METRICS = ("ap", "ap50", "cgf1", "iou", "loss")
+_DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
+_PRECISIONS = ("auto", "bf16", "fp16", "no")
+
+
+def _key(default: Any, help_text: str, **limits: Any) -> Any:
+    """A field; `limits`: low, high (inclusive), above, below (exclusive), choices, pattern."""
+    return field(default=default, metadata={"help": help_text, **limits})
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    name: str = _key("facebook/sam3", "base model: a hub id or a local folder")
+    geometry_cls: str = _key("meta", "geometry token of text-only prompts", choices=("meta", "hf"))
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    rank: int = _key(12, "rank of the update of each adapted layer", low=1)
+    alpha: float = _key(24.0, "the update is scaled by alpha / rank", above=0)
+    dropout: float = _key(0.0, "dropout on the input of the update", low=0, below=1)
+    target_modules: tuple[str, ...] = _key(_ATTENTION, "names of the layers to adapt")
+    apply_to_vision_encoder: bool = _key(True, "adapt the image backbone")
+    apply_to_text_encoder: bool = _key(False, "adapt the text encoder")
+    apply_to_geometry_encoder: bool = _key(False, "adapt the encoder of box prompts")
+    apply_to_detr_encoder: bool = _key(True, "adapt the fusion of image and prompt")
+    apply_to_detr_decoder: bool = _key(True, "adapt the decoder of the queries")
+    apply_to_mask_decoder: bool = _key(False, "adapt the mask head")
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    train_data_path: Path = _key(Path("data/train"), "folder of the training split")
+    val_data_path: Path | None = _key(None, "validation split; null: val/ or valid/ beside, if any")
+    batch_size: int = _key(4, "images per micro-batch", low=1)
+    gradient_accumulation_steps: int = _key(1, "micro-batches per step", low=1)
+    num_epochs: int = _key(10, "passes over the training split", low=1)
+    max_steps: int | None = _key(None, "steps in all; null: num_epochs decides", low=1)
+    learning_rate: float = _key(1e-4, "peak learning rate", above=0, high=1)
+    weight_decay: float = _key(0.01, "AdamW weight decay on the adapter", low=0)
+    max_grad_norm: float = _key(0.1, "gradients are clipped to this norm", above=0)
+    lr_schedule: str = _key("cosine", "learning rate after the warm-up", choices=_SCHEDULES)
+    warmup_steps: int = _key(100, "steps of linear warm-up", low=0)
+    seed: int = _key(42, "seed of every random choice", low=0, high=MAX_SEED)
+    prompts_per_image: int = _key(8, "most text prompts an image, absent ones included", low=1)
+    out_of_domain_prompts: int = _key(1, "words from outside the data set, per image", low=0)
+    augment: bool = _key(True, "random resize and placement")
+    flip_probability: float = _key(0.0, "chance of a horizontal flip", low=0, high=1)
+    mask_loss: str = _key("full", "where masks are compared", choices=("full", "native", "points"))
+    one_to_many: bool = _key(True, "also train queries that share an object")
+    pos_weight: float = _key(10.0, "weight of matched queries in classification", above=0)
+    over_queries: str = _key("cap", "objects beyond the queries", choices=_OVER_QUERIES)
+    init_lora_weights: Path | None = _key(None, "adapter to start from; null: a fresh one")
+    eval_steps: int = _key(500, "steps between two evaluations", low=1)
+    save_steps: int = _key(1000, "steps between two checkpoints", low=1)
+    save_total_limit: int = _key(3, "best checkpoints kept, beside the newest", low=1)
+
+
+@dataclass(frozen=True)
+class OutputSection:
+    output_dir: Path = _key(Path("outputs/sam3_lora"), "folder of the run")
+    logging_steps: int = _key(10, "steps between two lines of the log", low=1)
+    overwrite: bool = _key(False, "replace an earlier run in output_dir")
+    resume: bool = _key(False, "continue the run in output_dir from its last checkpoint")
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    best_metric: str = _key("ap", "figure that chooses best_model", choices=_METRICS)
+    max_val_images: int | None = _key(None, "first images evaluated in training; null: all", low=1)
+    score_threshold: float = _key(0.5, "score that counts as found, but for AP", low=0, high=1)
+    max_detections: int = _key(100, "most detections an image, over all its prompts", low=1)
+
+
+@dataclass(frozen=True)
+class HardwareSection:
+    device: str = _key("auto", "auto, cpu, mps, cuda or cuda:N", pattern=_DEVICES)
+    mixed_precision: str = _key("auto", "arithmetic of the forward pass", choices=_PRECISIONS)
+    num_workers: int = _key(2, "processes that load images; 0: none", low=0)
+    max_rows_per_forward: int = _key(8, "most image x prompt pairs in one forward", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option, resolved. Stops at the scripts: modules take flat arguments."""
+
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    training: TrainingSection = TrainingSection()
+    output: OutputSection = OutputSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    hardware: HardwareSection = HardwareSection()
+
+
+class Key(NamedTuple):
+    """One option: where it lives, what its value may be, its default."""
+
+    section: str
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    limits: dict[str, Any]
+
+
+def _list_keys() -> dict[str, Key]:
+    """Every option, by its flag without dashes."""
+    keys = {}
+    for section, section_class in get_type_hints(Config).items():
+        hints = get_type_hints(section_class)
+        for item in fields(section_class):
+            hint, name = hints[item.name], item.name
+            optional = type(None) in get_args(hint)
+            kind = get_args(hint)[0] if optional else get_origin(hint) or hint
+            flag = f"{section}_{name}" if section in ("lora", "model") else name
+            keys[flag] = Key(section, name, kind, optional, item.default, dict(item.metadata))
+    return keys
+
+
+SECTIONS = tuple(item.name for item in fields(Config))
+KEYS = _list_keys()
