@@ -107,6 +107,13 @@ def strategy(name: str) -> tuple[Config, LoRAConfig]:
     return config, lora
 
 
+def prompt_texts(count: int) -> list[str]:
+    """Different prompts of several words."""
+    texts = [" ".join(words) for words in product(*WORDS)]
+    texts += [f"{text} {number}" for number in range(2, 2 + count // len(texts)) for text in texts]
+    return texts[:count]
+
+
 def make_batch(images: int, prompts: int, side: int, objects: int = 3, seed: int = 0) -> dict:
     """Random images, each asked the same prompts, with `objects` rectangles for every one.
 
@@ -121,8 +128,6 @@ def make_batch(images: int, prompts: int, side: int, objects: int = 3, seed: int
     inside = (pixels - centres[..., None]).abs() <= sizes[..., None]  # (rows,objects,2,S)
     masks = inside[:, :, 1, :, None] & inside[:, :, 0, None, :]  # (rows,objects,S,S)
     boxes = torch.cat([centres, 2 * sizes], dim=-1)
-    texts = [" ".join(words) for words in product(*WORDS)][:prompts]
-    assert len(texts) == prompts, f"there are {len(texts)} different prompts"
     return {
         "images": torch.randint(
             0, 256, (images, 3, side, side), dtype=torch.uint8, generator=random
@@ -130,7 +135,7 @@ def make_batch(images: int, prompts: int, side: int, objects: int = 3, seed: int
         "image_ids": list(range(images)),
         "original_sizes": [(side, side)] * images,
         "image_index": torch.arange(images).repeat_interleave(prompts),
-        "texts": texts * images,
+        "texts": prompt_texts(prompts) * images,
         "category_ids": list(range(1, prompts + 1)) * images,
         "targets": [
             {

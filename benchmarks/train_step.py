@@ -44,6 +44,7 @@ from rivals import (
     machine,
     make_batch,
     ours_step,
+    prompt_texts,
     ratio,
     strategy,
     table,
@@ -83,6 +84,7 @@ def build_ours(args: argparse.Namespace, lora: LoRAConfig, rate: float) -> tuple
     """Our model with adapters, in training mode, and its optimizer."""
     model = build_model(args.model, args.device)
     forward = adapt_ours(model, lora, args.geometry_cls)
+    forward.release_text_encoder(prompt_texts(max(args.prompts)))
     train_adapted(model)
     return forward, engine.build_optimizer(model, rate, 0.01)
 
@@ -188,7 +190,8 @@ def peak_memory(work: Callable[[], Any], model: nn.Module, device: torch.device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     work()
-    own = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    tensors = [*model.parameters(), *model.buffers()]
+    own = sum(t.nbytes for t in tensors if t.device.type != "meta")  # a text encoder let go
     # Gradients and two moments of what is trained stay between steps.
     own += 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return (torch.cuda.max_memory_allocated(device) - before + own) / 1e9
