@@ -64,6 +64,8 @@ from sam3_lora.model import ModelError, image_size, train_adapted
 log = logging.getLogger("train_step")
 
 OURS, O2M, LIBRARY, ONE_BY_ONE = "ours", "ours, one-to-many on", "library", "one by one"
+# The optimizers do their work and move nothing: every step of all is the same step.
+RATE = 0.0
 # Images a batch tried under a memory cap.
 MOST_IMAGES = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,17 +82,17 @@ class Pair:
     theirs: torch.optim.Optimizer
 
 
-def build_ours(args: argparse.Namespace, lora: LoRAConfig, rate: float) -> tuple[Forward, Any]:
+def build_ours(args: argparse.Namespace, lora: LoRAConfig) -> tuple[Forward, Any]:
     """Our model with adapters, in training mode, and its optimizer."""
     model = build_model(args.model, args.device)
     forward = adapt_ours(model, lora, args.geometry_cls)
     forward.release_text_encoder(prompt_texts(max(args.prompts)))
     train_adapted(model)
-    return forward, engine.build_optimizer(model, rate, 0.01)
+    return forward, engine.build_optimizer(model, RATE, 0.01)
 
 
 def build_library(
-    args: argparse.Namespace, lora: LoRAConfig, rate: float, dtype: torch.dtype, adapters: Any
+    args: argparse.Namespace, lora: LoRAConfig, dtype: torch.dtype, adapters: Any
 ) -> tuple[Library, Any]:
     """The library's model with peft's adapters, in training mode, and an optimizer."""
     model = build_model(args.model, args.device).to(DTYPES[args.library_weights])
@@ -98,16 +100,15 @@ def build_library(
     training_mode(model, lora.components)
     trainable = [p for p in adapted.parameters() if p.requires_grad]
     library = Library(adapted, dtype, geometry_cls=args.geometry_cls)
-    return library, torch.optim.AdamW(trainable, lr=rate, weight_decay=0.01)
+    return library, torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.01)
 
 
 def build_pair(args: argparse.Namespace, name: str) -> Pair:
     """Both models for a strategy."""
     config, lora = strategy(name)
-    rate = config.training.learning_rate
-    forward, ours = build_ours(args, lora, rate)
+    forward, ours = build_ours(args, lora)
     adapters = lora_state_dict(forward.model)
-    library, theirs = build_library(args, lora, rate, forward.dtype, adapters)
+    library, theirs = build_library(args, lora, forward.dtype, adapters)
     return Pair(config, forward, library, ours, theirs)
 
 
@@ -218,7 +219,7 @@ def count_rows(
     if args.device.type != "cuda":
         # On a CPU AdamW reads each parameter's step number, which on a GPU it does not.
         rates = (
-            torch.optim.SGD(optimizer.param_groups[0]["params"], lr=1e-4)
+            torch.optim.SGD(optimizer.param_groups[0]["params"], lr=RATE)
             for optimizer in (pair.ours, pair.theirs)
         )
         pair = replace(pair, **dict(zip(("ours", "theirs"), rates, strict=True)))
@@ -264,19 +265,18 @@ def trains(step: Callable[[dict], float], side: int, images: int, prompts: int) 
 def cap_row(args: argparse.Namespace, name: str, prompts: int, cap: float) -> dict[str, Any]:
     """The largest batch of each with `cap` GB of the GPU's memory."""
     config, lora = strategy(name)
-    rate, row = config.training.learning_rate, {"strategy": name, "prompts": prompts}
-    row["cap, GB"] = cap
+    row: dict[str, Any] = {"strategy": name, "prompts": prompts, "cap, GB": cap}
     total = torch.cuda.get_device_properties(args.device).total_memory
     for who in (OURS, LIBRARY):
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, args.device)  # to build the model
-        forward, optimizer = build_ours(args, lora, rate)
+        forward, optimizer = build_ours(args, lora)
         side, step = image_size(forward.model), ours_step
         if who == LIBRARY:
             dtype = forward.dtype
             del forward, optimizer
-            forward, optimizer = build_library(args, lora, rate, dtype, None)
+            forward, optimizer = build_library(args, lora, dtype, None)
             step = library_step
         gc.collect()
         torch.cuda.empty_cache()
