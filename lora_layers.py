@@ -152,7 +152,7 @@ class LoRALinear(nn.Module):
 
 
 class _Adapted(torch.autograd.Function):
-    """The formula with next to nothing saved, and no pass over x or y beside the base's own.
+    """The formula in eager mode: next to nothing saved, no pass over x or y but the products.
 
     Plain autograd keeps, for each layer, dropout's mask and output and, under autocast, bf16 casts
     of x and W. Kept here: x, A, B and W themselves, so no new storage (layers with one input keep
