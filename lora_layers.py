@@ -226,8 +226,11 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
 def _draw_mask(x: torch.Tensor, dtype: torch.dtype, p: float, seed: int) -> torch.Tensor:
     """For x (..., in): (n, in) of ones, and zeros with probability p; the same for a seed."""
     generator = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(seed)
-    mask = x.new_empty(x.shape, dtype=dtype).bernoulli_(1 - p, generator=generator)
-    return mask.view(-1, x.shape[-1])
+    # 16 random bits an entry, drawn four at a time: as exact as p need be, and on a CPU much
+    # cheaper than `bernoulli_`, for the mask is drawn twice.
+    words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+    return bits.ge_(int(p * 2**16) - 2**15).to(dtype).view(-1, x.shape[-1])
 
 
 def _check_ranges(rank: int, alpha: float, dropout: float) -> None:
