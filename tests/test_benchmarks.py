@@ -1,0 +1,131 @@
+"""The benchmarks at their smallest: ours and its rivals do the same sums, and the tables hold."""
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT
+
+from lora_layers import lora_modules, lora_state_dict
+from sam3_lora.model import image_size, train_adapted
+
+pytestmark = pytest.mark.scripts
+
+CPU = torch.device("cpu")
+
+
+def load(name: str) -> ModuleType:
+    """A benchmark as a module; `inference` is the name of a script at the root."""
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def rivals():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    before = list(sys.path)
+    yield importlib.import_module("rivals")
+    sys.path[:] = before[1:]
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The markdown tables of a text, as rows by column."""
+    found = []
+    for block in text.split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        if lines:
+            header, _, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in lines)
+            found.append([dict(zip(header, row, strict=True)) for row in rows])
+    return found
+
+
+@pytest.mark.parametrize("name", ["minimal", "balanced", "full"])
+def test_rivals_have_the_same_loss_and_gradients(rivals, name):
+    config, lora = rivals.strategy(name)
+    model = rivals.build_model("tiny112", CPU)
+    forward = rivals.adapt_ours(model, lora)
+    train_adapted(model)
+    other = rivals.build_model("tiny112", CPU)
+    adapted = rivals.adapt_peft(other, lora, lora_state_dict(model))
+    rivals.training_mode(other, lora.components)
+    library = rivals.Library(adapted)
+    batch = rivals.make_batch(2, 3, image_size(model))
+    still = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.0)
+        for m in (model, adapted)
+    ]
+    loss = rivals.ours_step(forward, config, still[0], batch)
+    grads = {n: (m.lora_A.grad, m.lora_B.grad) for n, m in lora_modules(model)}
+    for rows_at_once in (None, 1):
+        other_loss = rivals.library_step(library, config, still[1], batch, rows_at_once)
+        assert other_loss == pytest.approx(loss, rel=1e-4)
+        still_at_zero = []
+        for layer, pair in grads.items():
+            theirs = other.get_submodule(layer)
+            weights = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+            for mine, weight in zip(pair, weights, strict=True):
+                scale = float(weight.grad.abs().max())
+                assert float((mine - weight.grad).abs().max()) <= 1e-4 * scale, layer
+                still_at_zero += [layer] * (scale == 0)
+        # Without a box the geometry encoder attends to one token, whatever its score.
+        one_token = ("geometry_encoder.layers.0.self_attn.q_proj",)
+        one_token += ("geometry_encoder.layers.0.self_attn.k_proj",)
+        assert set(still_at_zero) <= set(one_token)
+
+
+def test_train_step(rivals, capsys):
+    script = load("train_step")
+    args = ["--device", "cpu", "--model", "tiny112", "--batch_size", "1", "--prompts", "1", "2"]
+    assert script.main([*args, "--repeats", "1", "--strategy", "minimal", "full"]) == 0
+    times, counts = tables(capsys.readouterr().out)
+    cases = [("minimal", "1"), ("minimal", "2"), ("full", "1"), ("full", "2")]
+    assert [(row["strategy"], row["prompts"]) for row in times] == cases
+    for row in times:
+        assert float(row["losses apart"]) < 1e-4
+        ratios = [float(value) for column, value in row.items() if " / " in column]
+        assert len(ratios) == 2 and min(ratios) > 0
+    assert [row["who"] for row in counts] == ["ours", "library"] * len(cases)
+    assert all(int(row["operations"]) > int(row["value reads"]) for row in counts)
+
+
+def test_inference(rivals, capsys):
+    script = load("inference")
+    args = ["--device", "cpu", "--model", "tiny112", "--prompts", "1", "3", "--repeats", "1"]
+    assert script.main([*args, "--photo_size", "60", "90"]) == 0
+    prompts, adapters, loading = tables(capsys.readouterr().out)
+    assert [row["prompts"] for row in prompts] == ["1", "3"]
+    for row in prompts:
+        number = str(script.OBJECTS * int(row["prompts"]))
+        assert row["found: ours, library"] == f"{number}, {number}"
+        assert float(row["scores apart"]) < 1e-5 and float(row["least mask IoU"]) > 0.98
+        assert float(row["library / ours"]) > 0 and float(row["prompt by prompt / ours"]) > 0
+    assert len(adapters) == 5 and len(loading) == 3
+    assert all(float(row["/ ours, base"]) > 0 for row in adapters)
+    assert all(float(row["ms"]) > 0 for row in loading)
+
+
+def test_operations_that_wait_are_counted(rivals):
+    script = load("train_step")
+    values = torch.tensor([1.0, 0.0, 2.0])
+
+    def work():
+        values[torch.tensor([0, 2])]
+        values[values > 0]
+        values.nonzero()
+        values.sum().item()
+
+    found = script.count_operations(work)
+    assert found["value reads"] == 3, found
+    assert found["which"].count(" 1") == 3
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 11, 16, 99])
+def test_largest_batch_that_fits(rivals, limit):
+    script = load("train_step")
+    assert script.largest(lambda images: images <= limit, most=16) == min(limit, 16)
