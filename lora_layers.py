@@ -8,7 +8,7 @@
 
 A starts Kaiming-uniform and B starts at zero, so an adapted model equals its base bit for bit until
 the first optimizer step. A and B are kept in fp32 whatever the base's dtype and are cast for the
-product.
+product. `_Adapted` computes the formula in eager mode; what it keeps for backward is stated there.
 
     matched = apply_lora(model, LoRAConfig(rank=8, alpha=16, components=("detr_decoder",)))
     print(lora_table(model))
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 # The parts of SAM 3 that can be adapted: attributes of the model, whole first segments of a name.
 COMPONENTS = (
@@ -114,12 +115,14 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (..., in) to (..., out) in the dtype of the base layer's output."""
-        y = self.base(x)
         if self.merged:
-            return y
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
-        # Scaling the (out, rank) factor saves a pass over the (..., out) result.
-        return y + F.linear(low, (self.lora_B * self.scaling).to(x.dtype))
+            return self.base(x)
+        if torch.compiler.is_compiling():  # the compiler fuses the formula itself
+            low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
+            return self.base(x) + F.linear(low, (self.lora_B * self.scaling).to(x.dtype))
+        p = self.dropout.p if self.training else 0.0
+        weight, bias = self.base.weight, self.base.bias
+        return _Adapted.apply(x, self.lora_A, self.lora_B, weight, bias, self.scaling, p)
 
     def delta_weight(self) -> torch.Tensor:
         """The update of the weight, scaling * B A: (out, in), fp32."""
@@ -146,6 +149,88 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"rank={self.rank}, scaling={self.scaling:g}, merged={self.merged}"
+
+
+class _Adapted(torch.autograd.Function):
+    """The formula in eager mode: next to nothing saved, no pass over x or y but the products.
+
+    Plain autograd keeps, for each layer, dropout's mask and output and, under autocast, bf16 casts
+    of x and W. Kept here: x, A, B and W themselves, so no new storage (layers with one input keep
+    one tensor); the (..., rank) product; and dropout's seed, to draw the same mask in backward.
+    Casts are made anew in backward, for one layer at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scaling: float,
+        p: float,
+    ) -> torch.Tensor:
+        """Maps (..., in) to (..., out); p is the probability to drop an entry of A's input."""
+        cast = x.to(_product_dtype(x))
+        y = F.linear(cast, weight, bias)  # autocast casts W
+        rows = cast.reshape(-1, cast.shape[-1])
+        # On the CPU, whose generator resume files and checkpointing restore; waits for no device.
+        # `tolist`, as `item` would count as a copy from the device.
+        ctx.seed = torch.empty((), dtype=torch.int64, device="cpu").random_().tolist() if p else 0
+        ctx.p = p
+        # Scaling the (out, rank) factor saves a pass over the (..., out) result; 1 / (1 - p) too.
+        ctx.scale = scaling / (1 - p)
+        if p:
+            rows = _draw_mask(x, y.dtype, p, ctx.seed).mul_(rows)
+        low = rows @ lora_a.to(y.dtype).T  # (n, rank)
+        y.view(-1, y.shape[-1]).addmm_(low, (lora_b * ctx.scale).to(y.dtype).T)
+        ctx.save_for_backward(x, low, lora_a, lora_b, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x in its dtype and of A and B in theirs; W and b are frozen."""
+        x, low, lora_a, lora_b, weight = ctx.saved_tensors
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
+        dx = da = db = mask = None
+        dtype = low.dtype
+        dy = dy.reshape(-1, dy.shape[-1])
+        if needs_b:
+            db = (dy.T @ low).to(lora_b.dtype) * ctx.scale
+        if needs_x or needs_a:
+            dlow = dy @ (lora_b * ctx.scale).to(dtype)
+            mask = _draw_mask(x, dtype, ctx.p, ctx.seed) if ctx.p else None
+        if needs_x:
+            dx = dy @ weight.to(dtype)
+            if mask is None:
+                dx.addmm_(dlow, lora_a.to(dx.dtype))
+            else:
+                dx.addcmul_(mask, dlow @ lora_a.to(dx.dtype))
+            dx = dx.view(x.shape).to(x.dtype)
+        if needs_a:
+            rows = x.to(dtype).reshape(-1, x.shape[-1])
+            da = (dlow.T @ (rows if mask is None else mask.mul_(rows))).to(lora_a.dtype)
+        return dx, da, db, None, None, None, None
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a Linear layer multiplies x: autocast's where that is on."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _draw_mask(x: torch.Tensor, dtype: torch.dtype, p: float, seed: int) -> torch.Tensor:
+    """For x (..., in): (n, in) of ones, and zeros with probability p; the same for a seed."""
+    generator = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(seed)
+    # 16 random bits an entry, drawn four at a time: as exact as p need be, and on a CPU much
+    # cheaper than `bernoulli_`, for the mask is drawn twice.
+    words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+    return bits.ge_(int(p * 2**16) - 2**15).to(dtype).view(-1, x.shape[-1])
 
 
 def _check_ranges(rank: int, alpha: float, dropout: float) -> None:

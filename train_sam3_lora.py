@@ -30,7 +30,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lora_layers import (
-    COMPONENTS,
     AdapterError,
     LoRAConfig,
     apply_lora,
@@ -46,8 +45,10 @@ from sam3_lora.config import (
     FlagParser,
     add_config_flags,
     check_same_settings,
+    check_trainable,
     config_from_args,
     load_config,
+    lora_config,
     save_config,
     setup_logging,
     user_errors,
@@ -55,6 +56,7 @@ from sam3_lora.config import (
 from sam3_lora.dataset import PromptDataset
 from sam3_lora.drawing import draw_curves
 from sam3_lora.evaluation import describe, evaluate_split, validation_figures
+from sam3_lora.features import FeatureCache, FeatureError
 from sam3_lora.forward import Forward
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
@@ -88,6 +90,7 @@ class Run:
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
     total_steps: int
+    cache: FeatureCache | None = None
     step: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)  # since the last line of the log
     best: list[float] | None = None
@@ -118,18 +121,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def lora_config(config: Config) -> LoRAConfig:
-    """The `lora` section as the LoRA layers take it."""
-    section = config.lora
-    return LoRAConfig(
-        rank=section.rank,
-        alpha=section.alpha,
-        dropout=section.dropout,
-        target_modules=section.target_modules,
-        components=tuple(c for c in COMPONENTS if getattr(section, f"apply_to_{c}")),
-    )
-
-
 def read_splits(config: Config) -> tuple[CocoSplit, CocoSplit | None]:
     """The training split and the validation split, if there is one."""
     train_path = config.training.train_data_path
@@ -150,6 +141,7 @@ def build_datasets(
     """Training and validation sets for the model's canvas."""
     training = config.training
     size, queries = image_size(model), num_queries(model)
+    cached = training.cache_features != "off"
     train_set = PromptDataset(
         splits[0],
         size,
@@ -157,6 +149,8 @@ def build_datasets(
         train=True,
         prompts_per_image=training.prompts_per_image,
         out_of_domain_prompts=training.out_of_domain_prompts,
+        prompt_pool=training.prompt_pool or (training.prompts_per_image if cached else None),
+        views=training.cache_views if cached else None,
         augment=training.augment,
         flip_probability=training.flip_probability,
         over_queries=training.over_queries,
@@ -165,17 +159,7 @@ def build_datasets(
     val_set = None
     if splits[1] is not None:
         val_set = PromptDataset(splits[1], size, queries, train=False)
-    components = lora_config(config).components
-    if components == ("mask_decoder",) and not train_set.has_masks():
-        raise ConfigError(
-            "lora.apply_to_*: the mask decoder alone cannot learn from data without masks; add "
-            "--lora_apply_to_detr_decoder true"
-        )
-    if components == ("geometry_encoder",) and config.model.geometry_cls == "hf":
-        raise ConfigError(
-            "lora.apply_to_*: with model.geometry_cls hf text prompts do not use the geometry "
-            "encoder, so it alone cannot learn; add --lora_apply_to_detr_decoder true"
-        )
+    check_trainable(config, train_set.has_masks())
     return train_set, val_set
 
 
@@ -200,19 +184,22 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
     dtype = compute_dtype(config.hardware.mixed_precision, device)
     cast_towers(model, dtype)
     model.to(device)
+    forward = Forward(
+        model,
+        tokenizer,
+        config.model.geometry_cls,
+        dtype,
+        one_to_many=training.one_to_many,
+        masks=train_set.has_masks(),
+    )
+    asked = [text for split in (train_set, val_set) if split for text in split.all_texts()]
+    forward.release_text_encoder(asked)
     batches = math.ceil(len(train_set) / training.batch_size)
     steps_per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     return Run(
         config=config,
         lora=lora,
-        forward=Forward(
-            model,
-            tokenizer,
-            config.model.geometry_cls,
-            dtype,
-            one_to_many=training.one_to_many,
-            masks=train_set.has_masks(),
-        ),
+        forward=forward,
         train_set=train_set,
         val_set=val_set,
         optimizer=engine.build_optimizer(model, training.learning_rate, training.weight_decay),
@@ -220,20 +207,6 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         steps_per_epoch=steps_per_epoch,
         total_steps=training.max_steps or steps_per_epoch * training.num_epochs,
     )
-
-
-def check_folder(config: Config) -> None:
-    """Refuses an output_dir whose files are not a run's: they would be moved or replaced."""
-    folder = config.output.output_dir
-    files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    found = "a file" if folder.is_file() else f"other files ({', '.join(sorted(files)[:3])})"
-    if folder.is_file() or (set(files) - {".gitkeep"} and not checkpoint.is_run(folder)):
-        raise ConfigError(
-            f"output_dir: expected a new folder or an earlier run, found {found} at {folder}; name "
-            "another with --output_dir"
-        )
-    if config.output.resume and not checkpoint.checkpoints(folder):
-        raise ConfigError(f"--resume: expected checkpoint-<step>/ in {folder}, found none; drop it")
 
 
 def open_folder(run: Run) -> None:
@@ -261,6 +234,28 @@ def open_folder(run: Run) -> None:
     if moved:
         log.warning("%s held an earlier run: renamed to %s", run.folder, moved)
     describe_run(run)
+
+
+def keep_features(run: Run) -> None:
+    """Builds what is missing of the cache of frozen features, if there is to be one."""
+    training, workers = run.config.training, run.config.hardware.num_workers
+    if training.cache_features == "off":
+        return
+    folder = training.cache_dir if training.cache_features == "disk" else None
+    run.cache = FeatureCache(run.forward, run.train_set, folder)
+    missing, size = run.cache.missing(), run.cache.bytes / 1e9
+    log.info("%s, %d views to compute", run.cache, len(missing))
+    if size > training.cache_limit_gb:
+        raise ConfigError(
+            f"training.cache_limit_gb: expected at most {training.cache_limit_gb:g} GB, found "
+            f"{size:.3g} GB of features; lower --cache_views or --prompts_per_image, or raise it"
+        )
+    run.train_set.parts = ("image",)
+    photos = build_loader(run.train_set, [[(v, index)] for index, v in missing], workers)
+    built = run.cache.build(photos)
+    for _ in tqdm(built, "features", len(missing), disable=not sys.stderr.isatty()):
+        pass
+    run.train_set.parts = ("targets",)
 
 
 def describe_run(run: Run) -> None:
@@ -392,11 +387,12 @@ def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
     )
     first, last = (n * training.gradient_accumulation_steps for n in (done, done + steps))
     pin = run.forward.device.type == "cuda"
+    loader = build_loader(run.train_set, batches[first:last], hardware.num_workers, pin=pin)
     records = engine.train_one_epoch(
         run.forward,
         criterion_of(run.config),
         count_targets,
-        build_loader(run.train_set, batches[first:last], hardware.num_workers, pin=pin),
+        run.cache.filled(loader) if run.cache else loader,
         run.optimizer,
         lambda s: engine.lr_factor(training.lr_schedule, s, run.total_steps, run.warmup_steps),
         step=run.step,
@@ -454,14 +450,14 @@ def train(run: Run) -> None:
         save_now(run)
 
 
-@user_errors(ConfigError, DatasetError, AdapterError, ModelError, engine.LossError)
+@user_errors(ConfigError, DatasetError, AdapterError, ModelError, FeatureError, engine.LossError)
 def main(argv: list[str] | None = None) -> int:
     """Trains as the configuration and the flags say."""
     args = build_parser().parse_args(argv)
     setup_logging(None)
     config = config_from_args(args)
     # 1. Folder and data before weights: their faults show in seconds.
-    check_folder(config)
+    checkpoint.check_folder(config.output.output_dir, config.output.resume)
     splits = read_splits(config)
     # 2. Model, adapters, optimizer; nothing is written until all of it stands.
     engine.seed_everything(config.training.seed)
@@ -469,6 +465,7 @@ def main(argv: list[str] | None = None) -> int:
     open_folder(run)
     # 3. Epochs.
     with logging_redirect_tqdm():
+        keep_features(run)
         train(run)
     # 4. The end of the run.
     save_model(run, "last_model")

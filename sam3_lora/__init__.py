@@ -19,6 +19,7 @@ loader      items to batches: order, worker processes, collate_fn
 losses      matcher and criterion -> a dict of named losses
 metrics     box and mask AP, cgF1 and its factors, mask IoU
 engine      the only batch loop: training, evaluation, schedule, seeding
+features    the cache of frozen parts' features
 evaluation  outputs to detections, a split to its metrics; a model ready to run
 checkpoint  the adapter file and the resume state
 scenes      drawn scenes: the demo task, and what the demo model knows

@@ -228,6 +228,30 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     return _read(folder / STATE_FILE)
 
 
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuses a run's folder whose files would be moved or replaced and are not a run's.
+
+    Args:
+        folder: of the run, there or not.
+        resume: whether it must hold checkpoints.
+
+    Raises:
+        FileExistsError: it is a file, or holds other files.
+        FileNotFoundError: there is no checkpoint to resume from.
+    """
+    files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    found = "a file" if folder.is_file() else f"other files ({', '.join(sorted(files)[:3])})"
+    if folder.is_file() or (set(files) - {".gitkeep"} and not is_run(folder)):
+        raise FileExistsError(
+            f"output_dir: expected a new folder or an earlier run, found {found} at {folder}; name "
+            "another with --output_dir"
+        )
+    if resume and not checkpoints(folder):
+        raise FileNotFoundError(
+            f"--resume: expected checkpoint-<step>/ in {folder}, found none; drop it"
+        )
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from lora_layers import COMPONENTS, LoRAConfig
 from sam3_lora.options import KEYS, SECTIONS, Config, Key
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -36,7 +37,7 @@ _KINDS |= {str: "a name", tuple: "names, such as q_proj,v_proj"}
 # Settings that a resumed run may change: how long, how often; none that steps done depend on.
 _MAY_CHANGE = (
     *("num_epochs", "max_steps", "eval_steps", "save_steps", "save_total_limit"),
-    *("train_data_path", "val_data_path", "init_lora_weights"),
+    *("train_data_path", "val_data_path", "init_lora_weights", "cache_dir", "cache_limit_gb"),
 )
 # Names that other trainers use and that look nothing like ours.
 _SYNONYMS = {"lr": "learning_rate", "bs": "batch_size", "r": "rank", "wd": "weight_decay"}
@@ -242,6 +243,47 @@ def save_config(config: Config, path: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def lora_config(config: Config) -> LoRAConfig:
+    """The `lora` section as the LoRA layers take it."""
+    section = config.lora
+    return LoRAConfig(
+        rank=section.rank,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        target_modules=section.target_modules,
+        components=tuple(c for c in COMPONENTS if getattr(section, f"apply_to_{c}")),
+    )
+
+
+def check_trainable(config: Config, has_masks: bool) -> None:
+    """Compares the adapted components with what they would be trained from.
+
+    Args:
+        config: The resolved configuration.
+        has_masks: Whether the training data has masks.
+
+    Raises:
+        ConfigError: The only adapted component would get no gradient, or the features to be kept
+            are not frozen.
+    """
+    components, cached = lora_config(config).components, config.training.cache_features
+    if cached != "off" and "vision_encoder" in components:
+        raise ConfigError(
+            f"training.cache_features is {cached}: expected a frozen vision encoder, found "
+            "lora.apply_to_vision_encoder true; turn one of them off"
+        )
+    if components == ("mask_decoder",) and not has_masks:
+        raise ConfigError(
+            "lora.apply_to_*: the mask decoder alone cannot learn from data without masks; add "
+            "--lora_apply_to_detr_decoder true"
+        )
+    if components == ("geometry_encoder",) and config.model.geometry_cls == "hf":
+        raise ConfigError(
+            "lora.apply_to_*: with model.geometry_cls hf text prompts do not use the geometry "
+            "encoder, so it alone cannot learn; add --lora_apply_to_detr_decoder true"
+        )
 
 
 def check_same_settings(config: Config, earlier: Config) -> None:

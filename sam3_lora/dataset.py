@@ -97,8 +97,9 @@ class PromptDataset(Dataset):
         self.out_of_domain_prompts = out_of_domain_prompts
         self.prompt_pool = prompt_pool
         self.views = views
-        # Whether items name their view, (index, placement), in place of the image's pixels.
-        self.cached = False
+        # What items hold beside their prompts; a cache of features is built without targets, and
+        # trained from without images.
+        self.parts = ("image", "targets")
         self.augment = augment
         self.flip_probability = flip_probability
         self.seed = seed
@@ -125,7 +126,7 @@ class PromptDataset(Dataset):
             key: (epoch, index of the item).
 
         Returns:
-            `image` (3,S,S) uint8 or, `cached`, `view` (index, placement); `image_id`,
+            `image` (3,S,S) uint8, `view` (index, number of its placement), `image_id`,
             `original_size` (H, W), and lists with one entry a prompt: `texts`, `category_ids`,
             `targets` of `boxes_cxcywh` (G,4) in 0 to 1 of the canvas, `has_mask` (G,) bool, `masks`
             (G,S,S) bool, empty for an object without one, (0,S,S) where no object has one; and
@@ -136,10 +137,8 @@ class PromptDataset(Dataset):
         """
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        place, view = self._placement(rng), epoch
-        if self.views:
-            view = epoch % self.views
-            place = self._placement(np.random.default_rng((self.seed, view, index)))
+        view = epoch % self.views if self.views else epoch
+        place = self.placement(index, view) if self.views else self._place(rng)
         objects, annotations, (height, width) = self._visible(index)
         categories = self._choose_prompts(index, objects, annotations, rng)
         # As in Meta's data a crowd is no object, and background to the union of masks.
@@ -149,11 +148,11 @@ class PromptDataset(Dataset):
                 [o for o in objects if o["category_id"] == c], annotated[c], height, width, place
             )
             for c, _ in categories
+            if "targets" in self.parts
         ]
-        picture = {"view": (index, view)}
-        if not self.cached:
-            picture = {"image": self._draw(index, place)}
-        return picture | {
+        image = {"image": self._draw(index, place)} if "image" in self.parts else {}
+        return image | {
+            "view": (index, view),
             "image_id": self._record(index)["id"],
             "original_size": (height, width),
             "texts": [self._text(c) for c in categories],
@@ -161,10 +160,19 @@ class PromptDataset(Dataset):
             "targets": targets,
         }
 
+    def all_texts(self) -> list[str]:
+        """Every prompt that an item may have."""
+        phrases = [self.split.phrase(category) for category in self.split.categories]
+        return phrases + (self.words if self.train else [])
+
     def pool(self, index: int) -> list[str]:
         """The texts that an item can be asked for in training, where they are a fixed list."""
         objects, annotations, _ = self._visible(index)
         return [self._text(category) for category in self._pool(index, objects, annotations)]
+
+    def placement(self, index: int, view: int) -> tuple[int, int, int, bool]:
+        """Side of the resized image, left and top of it on the canvas (pixels), flip: of a view."""
+        return self._place(np.random.default_rng((self.seed, view, index)))
 
     def image_of(self, index: int) -> tuple[Path, Window | None]:
         """An item's image file, and its tile."""
@@ -226,8 +234,8 @@ class PromptDataset(Dataset):
                 objects.append({**entry, "bbox": [left, top, right - left, bottom - top]})
         return objects
 
-    def _placement(self, rng: np.random.Generator) -> tuple[int, int, int, bool]:
-        """Side of the resized photo, left and top of it on the canvas (pixels), and flip."""
+    def _place(self, rng: np.random.Generator) -> tuple[int, int, int, bool]:
+        """A placement, drawn."""
         size = self.image_size
         if not self.train:
             return size, 0, 0, False

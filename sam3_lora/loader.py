@@ -25,16 +25,17 @@ def collate_fn(items: list[Item]) -> dict[str, Any]:
         items: I items of `PromptDataset`.
 
     Returns:
-        `images` (I,3,S,S) uint8, or `views`, a list of I; `image_ids` and `original_sizes`, lists
-        of I; `image_index` (B,) long, row -> image; lists of B: `texts`, `category_ids`, `targets`;
-        `box_prompts_cxcywh` and `box_prompt_labels`, None.
+        `images` (I,3,S,S) uint8, if the items have them; lists of I: `views`, `image_ids`,
+        `original_sizes`; `image_index` (B,) long, row -> image; lists of B: `texts`,
+        `category_ids`, `targets`; `box_prompts_cxcywh` and `box_prompt_labels`, None.
     """
     counts = torch.tensor([len(item["texts"]) for item in items])
-    pictures = {"views": [item.get("view") for item in items]}
+    images = {}
     if "image" in items[0]:
-        pictures = {"images": torch.stack([item["image"] for item in items])}
+        images = {"images": torch.stack([item["image"] for item in items])}
     return {
-        **pictures,
+        **images,
+        "views": [item.get("view") for item in items],
         "image_ids": [item["image_id"] for item in items],
         "original_sizes": [item["original_size"] for item in items],
         "image_index": torch.repeat_interleave(torch.arange(len(items)), counts),

@@ -12,6 +12,8 @@ MAX_SEED = 2**32 - 1  # NumPy's limit
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
 _OVER_QUERIES = ("cap", "tile", "error")
+_CACHES = ("off", "ram", "disk")
+_CHECKPOINTING = ("auto", "off", "mlp", "full")
 _METRICS = ("ap", "ap50", "cgf1", "iou", "loss")
 _DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 _PRECISIONS = ("auto", "bf16", "fp16", "no")
@@ -58,12 +60,17 @@ class TrainingSection:
     seed: int = _key(42, "seed of every random choice", low=0, high=MAX_SEED)
     prompts_per_image: int = _key(8, "most text prompts an image, absent ones included", low=1)
     out_of_domain_prompts: int = _key(1, "words from outside the data set, per image", low=0)
+    prompt_pool: int | None = _key(None, "fixed prompts of an image to draw from; null: all", low=1)
     augment: bool = _key(True, "random resize and placement")
     flip_probability: float = _key(0.0, "chance of a horizontal flip", low=0, high=1)
     mask_loss: str = _key("full", "where masks are compared", choices=("full", "native", "points"))
     one_to_many: bool = _key(True, "also train queries that share an object")
     pos_weight: float = _key(10.0, "weight of matched queries in classification", above=0)
     over_queries: str = _key("cap", "objects beyond the queries", choices=_OVER_QUERIES)
+    cache_features: str = _key("off", "where frozen features are kept", choices=_CACHES)
+    cache_dir: Path = _key(Path("outputs/feature_cache"), "folder of features kept on disk")
+    cache_limit_gb: float = _key(32.0, "most features kept, GB (10^9 bytes)", above=0)
+    cache_views: int = _key(1, "placements of an image whose features are kept", low=1)
     init_lora_weights: Path | None = _key(None, "adapter to start from; null: a fresh one")
     eval_steps: int = _key(500, "steps between two evaluations", low=1)
     save_steps: int = _key(1000, "steps between two checkpoints", low=1)
@@ -74,6 +81,7 @@ class TrainingSection:
 class OutputSection:
     output_dir: Path = _key(Path("outputs/sam3_lora"), "folder of the run")
     logging_steps: int = _key(10, "steps between two lines of the log", low=1)
+    dry_run: bool = _key(False, "say what would be trained and the memory it takes, then stop")
     overwrite: bool = _key(False, "replace an earlier run in output_dir")
     resume: bool = _key(False, "continue the run in output_dir from its last checkpoint")
 
@@ -90,6 +98,10 @@ class EvaluationSection:
 class HardwareSection:
     device: str = _key("auto", "auto, cpu, mps, cuda or cuda:N", pattern=_DEVICES)
     mixed_precision: str = _key("auto", "arithmetic of the forward pass", choices=_PRECISIONS)
+    gradient_checkpointing: str = _key(
+        "auto", "activations computed again, not kept", choices=_CHECKPOINTING
+    )
+    use_compile: bool = _key(False, "compile the model: slow to start, then faster on a GPU")
     num_workers: int = _key(2, "processes that load images; 0: none", low=0)
     max_rows_per_forward: int = _key(8, "most image x prompt pairs in one forward", low=1)
 

@@ -1,4 +1,4 @@
-"""LoRA layers: laws of the update, matching of names, and parity with peft."""
+"""LoRA layers in SAM 3: laws of the update, matching of names, and parity with peft."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -14,7 +14,6 @@ from lora_layers import (
     COMPONENTS,
     AdapterError,
     LoRAConfig,
-    LoRALinear,
     apply_lora,
     count_parameters,
     load_lora_state_dict,
@@ -87,81 +86,6 @@ def assert_same_state(model, before):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-# What one layer does ------------------------------------------------------------------------------
-
-
-def make_layer(dtype=torch.float32, dropout=0.0):
-    torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(20, 12).to(dtype), rank=4, alpha=6.0, dropout=dropout)
-    return layer, torch.randn(5, 3, 20).to(dtype)
-
-
-def test_layer_formula():
-    layer, x = make_layer()
-    layer.lora_B.data.normal_()
-    base = layer.base
-    weight = base.weight + 1.5 * layer.lora_B @ layer.lora_A  # alpha / rank
-    torch.testing.assert_close(layer(x), x @ weight.T + base.bias)
-    torch.testing.assert_close(layer.delta_weight(), weight - base.weight)
-    assert layer.lora_A.shape == (4, 20) and layer.lora_B.shape == (12, 4)
-    assert layer.weight is base.weight and layer.bias is base.bias
-
-
-def test_a_starts_kaiming_uniform_and_b_at_zero():
-    torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(400, 300), rank=50, alpha=1.0)
-    bound = 1 / 20  # sqrt(6 / ((1 + 5) * 400))
-    assert float(layer.lora_A.detach().abs().max()) <= bound
-    assert float(layer.lora_A.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.02)
-    assert not layer.lora_B.any()
-
-
-def test_dropout_is_on_the_update_in_training_only():
-    layer, x = make_layer(dropout=0.5)
-    layer.lora_B.data.normal_()
-    layer.eval()
-    exact = layer(x)
-    layer.train()
-    assert not torch.allclose(layer(x), exact)
-    layer.lora_B.data.zero_()
-    assert torch.equal(layer(x), layer.base(x))
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"rank": 0}, r"lora\.rank: expected an integer >= 1, found 0"),
-        ({"alpha": 0.0}, r"lora\.alpha: expected a number > 0, found 0\.0"),
-        ({"dropout": 1.0}, r"lora\.dropout: expected a number in \[0, 1\), found 1\.0"),
-        ({"dropout": -0.1}, r"lora\.dropout: expected a number in \[0, 1\), found -0\.1"),
-    ],
-)
-def test_layer_refuses_numbers_out_of_range(changed, message):
-    with pytest.raises(AdapterError, match=message):
-        LoRALinear(nn.Linear(4, 4), **{"rank": 1, "alpha": 1.0, "dropout": 0.0} | changed)
-
-
-def test_a_bf16_base_keeps_fp32_master_weights():
-    layer, x = make_layer(torch.bfloat16)
-    layer.lora_B.data.normal_()
-    y = layer(x)
-    assert y.dtype == torch.bfloat16
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
-    assert layer.delta_weight().dtype == torch.float32
-    weight = layer.base.weight.float() + layer.delta_weight()
-    torch.testing.assert_close(
-        y.float(), x.float() @ weight.T + layer.base.bias.float(), rtol=0.05, atol=0.1
-    )
-    y.float().square().mean().backward()
-    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
-    before = layer.base.weight.clone()
-    layer.merge()
-    assert layer.base.weight.dtype == torch.bfloat16
-    assert torch.equal(layer.base.weight, weight.bfloat16())
-    layer.unmerge()
-    assert torch.equal(layer.base.weight, before)
 
 
 # What they do in SAM 3 ----------------------------------------------------------------------------

@@ -1,0 +1,241 @@
+"""The cache of frozen parts' features: an image goes through them once, then it is read.
+
+    photo, placement --ViT--> trunk (h,w,D)                          10.6 MB in bf16 at 1008 px
+    trunk, its P prompts --neck, geometry and DETR encoder--> memory (P,h*w,C)   2.65 MB a prompt
+                                                              geometry (1,C)
+
+What is kept is what no adapter stands in or before: the trunk where the vision encoder is frozen,
+memory and geometry too where all else before the decoder is, and then the trunk for masks only. An
+image is kept in a number of views (placements on the canvas) with a fixed list of prompts.
+
+The key of a view is a SHA-256 over the image file, its tile, view and prompts, the weights of the
+parts, precision and versions: what has changed is not found, and computed again. A file appears
+whole or not at all, so any number of processes may read and fill one folder, and a build that was
+killed goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+# Raised when what a key stands for, or the content of a file, changes.
+FORMAT = 1
+# Seconds after which an unfinished file belongs to a process that is no more.
+ABANDONED = 3600
+
+Batch = dict[str, Any]
+View = tuple[int, int]  # index of the item, number of its placement
+
+
+def cacheable_parts(forward: Any) -> tuple[str, ...]:
+    """What of a batch can be cached under a `forward.Forward`: `trunk`, `memory`, `geometry`.
+
+    Returns:
+        Nothing where the vision encoder is trained.
+    """
+    if not forward.is_frozen("vision_encoder"):
+        return ()
+    meta = forward.geometry_cls == "meta"
+    before = ("text_encoder", "text_projection", "detr_encoder")
+    if not forward.is_frozen(*before, *(("geometry_encoder",) if meta else ())):
+        return ("trunk",)
+    return ("memory", *(("geometry",) if meta else ()), *(("trunk",) if forward.masks else ()))
+
+
+class FeatureError(ValueError):
+    """A file of the cache that cannot be read; the message names it."""
+
+
+class FeatureCache:
+    """Features of a data set's views, in files or in RAM.
+
+    Args:
+        forward: a `forward.Forward`; parts that adapters stand in are not cached.
+        dataset: a `dataset.PromptDataset` with `views` and, for `memory`, `prompt_pool`.
+        folder: of the files, made if absent; None keeps the features in RAM.
+    """
+
+    def __init__(self, forward: Any, dataset: Any, folder: Path | None) -> None:
+        self.forward = forward
+        self.folder = folder
+        self.parts = cacheable_parts(forward)
+        self.in_ram: dict[str, dict[str, torch.Tensor]] = {}
+        count = len(dataset)
+        pooled = "memory" in self.parts
+        self.texts = [dataset.pool(i) if pooled else [] for i in range(count)]
+        forward.remember_texts([text for texts in self.texts for text in texts])
+        model = _model_digest(forward, self.parts)
+        # What the text encoder makes of a prompt stands for its weights.
+        prompts = {text: _digest(forward.texts[text][0]) for t in self.texts for text in t}
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(_image_digest, (dataset.image_of(i)[0] for i in range(count))))
+        self.keys: dict[View, str] = {}
+        for index in range(count):
+            for view in range(dataset.views):
+                place = (dataset.image_of(index)[1], dataset.placement(index, view))
+                texts = [(text, prompts[text]) for text in self.texts[index]]
+                words = (model, images[index], place, texts)
+                self.keys[index, view] = hashlib.sha256(repr(words).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        """What is kept, where, and its size, for the log."""
+        views = f"{len(self.keys)} views of {len(self.texts)} images"
+        where = f"{self.bytes / 1e9:.3g} GB in {self.folder or 'RAM'}"
+        return f"features ({', '.join(self.parts)}) of {views}, {where}"
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole cache."""
+        return sum(self._view_bytes(index) for index, _ in self.keys)
+
+    def missing(self) -> list[View]:
+        """The views that are not in the cache, each key once."""
+        return list({self.keys[view]: view for view in self.keys if not self._has(view)}.values())
+
+    @torch.no_grad()
+    def build(self, batches: Iterable[Batch]) -> Iterator[View]:
+        """Computes views, yielding each as it is kept.
+
+        Args:
+            batches: of one image each, with `images` and `views`: those of `missing`.
+        """
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(self.folder)
+        for batch in batches:
+            (view,) = batch["views"]
+            self._keep(view, self._compute(batch["images"], self.texts[view[0]]))
+            yield view
+
+    def filled(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches with their cached features, read one batch ahead."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for batch in batches:
+                ahead, ready = pool.submit(self._fill, batch), ahead
+                if ready:
+                    yield ready.result()
+            if ahead:
+                yield ahead.result()
+
+    def _compute(self, image: torch.Tensor, texts: list[str]) -> dict[str, torch.Tensor]:
+        """The parts of one image (1,3,S,S) and its prompts, on the CPU, without the batch axis."""
+        forward = self.forward
+        trunk = forward.encode_trunk(image.to(forward.device))
+        found = {"trunk": trunk[0]}
+        if "memory" in self.parts:
+            index = torch.zeros(len(texts), dtype=torch.long)
+            batch = {"trunk": trunk, "texts": texts, "image_index": index}
+            features = forward.encode(batch)
+            # One prompt at a time: the bits of one must not depend on the others.
+            rows = [forward.fuse(features, batch, slice(r, r + 1))[0] for r in range(len(texts))]
+            found["memory"] = torch.cat(rows).to(forward.dtype)
+            if "geometry" in self.parts:
+                found["geometry"] = features["geometry"][0]
+        return {name: found[name].cpu().contiguous() for name in self.parts}
+
+    def _fill(self, batch: Batch) -> Batch:
+        """A batch with `trunk` (I,h,w,D), `memory` (B,h*w,C), `geometry` (I,1,C) as far as kept."""
+        contents = [self._load(view) for view in batch["views"]]
+        found = {
+            name: torch.stack([content[name] for content in contents])
+            for name in ("trunk", "geometry")
+            if name in self.parts
+        }
+        if "memory" in self.parts:
+            images = batch["image_index"].tolist()
+            rows = zip(images, batch["texts"], strict=True)
+            where = [(i, self.texts[batch["views"][i][0]].index(text)) for i, text in rows]
+            found["memory"] = torch.stack([contents[i]["memory"][row] for i, row in where])
+        if self.forward.device.type == "cuda":
+            found = {name: tensor.pin_memory() for name, tensor in found.items()}
+        return batch | found
+
+    def _keep(self, view: View, content: dict[str, torch.Tensor]) -> None:
+        """Keeps the features of a view."""
+        key = self.keys[view]
+        if self.folder is None:
+            self.in_ram[key] = content
+            return
+        temporary = self.folder / f".{key}.{os.getpid()}.tmp"
+        save_file(content, temporary)
+        os.replace(temporary, self._path(view))
+
+    def _load(self, view: View) -> dict[str, torch.Tensor]:
+        """The features of a view."""
+        if self.folder is None:
+            return self.in_ram[self.keys[view]]
+        try:
+            return load_file(self._path(view))
+        except (OSError, SafetensorError) as error:
+            raise FeatureError(
+                f"{self._path(view)}: expected cached features, found {error}; delete the file and "
+                "run again"
+            ) from error
+
+    def _has(self, view: View) -> bool:
+        """Whether a view is kept, whole."""
+        if self.folder is None:
+            return self.keys[view] in self.in_ram
+        path = self._path(view)
+        return path.is_file() and path.stat().st_size >= self._view_bytes(view[0])
+
+    def _path(self, view: View) -> Path:
+        """The file of a view."""
+        return self.folder / f"{self.keys[view]}.safetensors"
+
+    def _view_bytes(self, index: int) -> int:
+        """Bytes of the features of one view of an item."""
+        model, (height, width) = self.forward.model, self.forward.grid
+        norm = model.vision_encoder.backbone.layer_norm.weight
+        channels = model.detr_decoder.query_embed.embedding_dim
+        row = height * width * channels * torch.empty((), dtype=self.forward.dtype).element_size()
+        sizes = {
+            "trunk": height * width * norm.numel() * norm.element_size(),
+            "memory": len(self.texts[index]) * row,
+            "geometry": channels * 4,  # fp32
+        }
+        return sum(sizes[name] for name in self.parts)
+
+
+def _model_digest(forward: Any, parts: tuple[str, ...]) -> str:
+    """A digest of all that features depend on but the image: weights, precision, versions."""
+    versions = [importlib.metadata.version(name) for name in ("torch", "torchvision")]
+    versions.append(importlib.metadata.version("transformers"))
+    settings = (FORMAT, parts, versions, str(forward.dtype), forward.geometry_cls, forward.grid)
+    digest = hashlib.sha256(repr(settings).encode())
+    memory = ("geometry_encoder", "detr_encoder") if "memory" in parts else ()
+    for name in ("vision_encoder", *memory):
+        for key, tensor in getattr(forward.model, name).state_dict().items():
+            digest.update(f"{key} {_digest(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """A digest of a tensor's values."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+
+
+def _image_digest(path: Path) -> str:
+    """A digest of an image file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes files that a killed process did not finish."""
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > ABANDONED:
+            path.unlink(missing_ok=True)
