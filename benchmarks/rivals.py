@@ -47,14 +47,13 @@ from make_sam3_tiny import (  # noqa: E402
 )
 
 from lora_layers import (  # noqa: E402
-    COMPONENTS,
     LoRAConfig,
     apply_lora,
     lora_modules,
     match_modules,
 )
 from sam3_lora import engine  # noqa: E402
-from sam3_lora.config import Config, load_config  # noqa: E402
+from sam3_lora.config import Config, load_config, lora_config  # noqa: E402
 from sam3_lora.forward import (  # noqa: E402
     PADDING_BOX,
     Forward,
@@ -99,12 +98,7 @@ def build_model(size: str, device: torch.device, seed: int = 0) -> Sam3Model:
 def strategy(name: str) -> tuple[Config, LoRAConfig]:
     """The shipped configuration of a key of `STRATEGIES`, and its adapters."""
     config = load_config(ROOT / "configs" / f"{STRATEGIES[name]}_config.yaml", {})
-    section = config.lora
-    components = tuple(c for c in COMPONENTS if getattr(section, f"apply_to_{c}"))
-    lora = LoRAConfig(
-        section.rank, section.alpha, section.dropout, section.target_modules, components
-    )
-    return config, lora
+    return config, lora_config(config)
 
 
 def prompt_texts(count: int) -> list[str]:
