@@ -70,6 +70,7 @@ def test_layer_refuses_numbers_out_of_range(changed, message):
 
 def test_a_bf16_base_keeps_fp32_master_weights():
     layer, x = make_layer(torch.bfloat16)
+    assert torch.equal(layer(x), layer.base(x))  # B = 0
     layer.lora_B.data.normal_()
     y = layer(x)
     assert y.dtype == torch.bfloat16
