@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write over an earlier evaluation in output_dir, which else is renamed",
     )
     sections = ("model", "evaluation", "hardware")
-    add_config_flags(parser, sections, without=("best_metric",))
+    add_config_flags(parser, sections, without=("best_metric", "gradient_checkpointing"))
     return parser
 
 
@@ -142,6 +142,7 @@ def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, st
     weights = None if args.base else args.lora_weights
     device, precision = config.hardware.device, config.hardware.mixed_precision
     forward = load_forward(name, geometry_cls, device, precision, weights, adapter)
+    forward = replace(forward, compiled=config.hardware.use_compile)
     return forward, f"{name} + {weights}" if weights else name
 
 

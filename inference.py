@@ -104,7 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="one file for the detections of all images (default: one beside each overlay)")
     add("--save_masks", action="store_true", help="also write each detection's mask as a PNG")
     # fmt: on
-    config.add_config_flags(parser, ("model", "hardware"), without=("num_workers",))
+    config.add_config_flags(
+        parser, ("model", "hardware"), without=("num_workers", "gradient_checkpointing")
+    )
     return parser
 
 
@@ -268,6 +270,7 @@ def build_forward(args: argparse.Namespace, options: Config) -> tuple[Forward, d
     name, geometry_cls = resolve_model(asdict(options.model), vars(args), adapter)
     device, precision = options.hardware.device, options.hardware.mixed_precision
     forward = load_forward(name, geometry_cls, device, precision, args.lora_weights, adapter)
+    forward = replace(forward, compiled=options.hardware.use_compile)
     log.info("%s with %s on %s", name, args.lora_weights or "no adapter", forward.device)
     phrases = adapter.get("categories", {})
     if phrases:

@@ -191,6 +191,7 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         dtype,
         one_to_many=training.one_to_many,
         masks=train_set.has_masks(),
+        compiled=config.hardware.use_compile,
     )
     asked = [text for split in (train_set, val_set) if split for text in split.all_texts()]
     forward.release_text_encoder(asked)

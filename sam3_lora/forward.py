@@ -42,6 +42,8 @@ VISUAL_PROMPT = "visual"
 TEXT = ("text_encoder", "text_projection")
 # What a batch may bring of frozen parts, already computed.
 CACHED = ("trunk", "memory", "geometry")
+# What a batch has for each row.
+PER_ROW = ("image_index", "box_prompts_cxcywh", "box_prompt_labels")
 
 Outputs = dict[str, torch.Tensor]
 
@@ -82,6 +84,7 @@ class Forward:
         checkpointing: what is computed again in the backward pass instead of kept: `off`, `mlp`
             (the ViT's MLPs, a third of its activations) or `full` (every layer of ViT, neck, DETR
             and pixel decoder).
+        compiled: run vision tower and heads through `torch.compile`.
         texts: features (32,C) and masks (32,) of prompts that a frozen text encoder has read.
     """
 
@@ -92,9 +95,12 @@ class Forward:
     one_to_many: bool = False
     masks: bool = True
     checkpointing: str = "off"
+    compiled: bool = False
     texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if self.compiled:
+            self._see, self._heads = torch.compile(self._see), torch.compile(self._heads)
         for layer in self.model.vision_encoder.backbone.layers:
             layer.mlp.__dict__.pop("forward", None)
             if self.checkpointing == "mlp":
@@ -108,8 +114,8 @@ class Forward:
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the image's tokens."""
-        patch = self.model.vision_encoder.config.backbone_config.patch_size
-        return (image_size(self.model) // patch,) * 2
+        config = self.model.vision_encoder.config.backbone_config
+        return (image_size(self.model) // config.patch_size,) * 2
 
     def _position(self) -> torch.Tensor:
         """Sine position encoding of the image's tokens, (1,C,h,w) fp32."""
@@ -132,8 +138,7 @@ class Forward:
         Returns:
             `fpn_2` (I,C,h,w) and, for masks, `fpn_1` (I,C,2h,2w), `fpn_0` (I,C,4h,4w); `text`
             (U,32,C) fp32; `text_mask` (U,32) bool; `text_index` (B,) long, row -> distinct prompt;
-            `geometry` (I,1,C) where no prompt has boxes and `geometry_cls` is `meta`; `memory`
-            where the batch has it.
+            `geometry` (I,1,C) of prompts without boxes under `meta`; the batch's `memory`, if any.
         """
         names = (*CACHED, "images")
         given = {k: batch[k].to(self.device, non_blocking=True) for k in names if k in batch}
@@ -144,14 +149,14 @@ class Forward:
         boxed = batch.get("box_prompts_cxcywh") is not None
         wants_token = self.geometry_cls == "meta" and not boxed and "geometry" not in given
         images = given.get("trunk", given.get("images"))
-        parts = []
-        for image in self._groups(images, "vision_encoder"):
-            trunk = image if "trunk" in given else self.encode_trunk(image)
-            part = self._neck(trunk)
-            if wants_token:
-                part["geometry"] = self._geometry_token(part["fpn_2"])
-            parts.append(part)
+        groups = self._groups(images, "vision_encoder")
+        parts = [self._see(group, "trunk" in given, wants_token) for group in groups]
         return features | {k: _join([part[k] for part in parts]) for k in parts[0]}
+
+    def _see(self, images: torch.Tensor, is_trunk: bool, token: bool) -> dict[str, torch.Tensor]:
+        """Levels and, if wanted, geometry token of images (I,3,S,S) or of their trunk."""
+        levels = self._neck(images if is_trunk else self.encode_trunk(images))
+        return levels | ({"geometry": self._geometry_token(levels["fpn_2"])} if token else {})
 
     def encode_trunk(self, images: torch.Tensor) -> torch.Tensor:
         """The ViT.
@@ -183,8 +188,8 @@ class Forward:
         return partial(_recompute, layer) if self.checkpointing == "full" else layer
 
     def _groups(self, tensor: torch.Tensor, component: str) -> Sequence[torch.Tensor]:
-        """What goes through a component together: all, but one by one in training on a CPU where
-        it is frozen. Then no bit depends on what stands beside, as none does in features.py."""
+        """What goes through a component together: all; on a CPU, in training, what is frozen goes
+        one by one. Then no bit depends on what stands beside, as none does in features.py."""
         alone = self.device.type == "cpu" and torch.is_grad_enabled()
         return tensor.split(1) if alone and self.is_frozen(component) else (tensor,)
 
@@ -251,13 +256,22 @@ class Forward:
             `o2m_logits`, `o2m_boxes_cxcywh`, `o2m_mask_embed` where `one_to_many` is on. The mask
             logits of query q of row r are `mask_embed[r, q] . pixel_embed[r]`.
         """
-        image_index = batch["image_index"].to(self.device, non_blocking=True)[rows]
-        memory, prompt, prompt_mask = self.fuse(features, batch, rows)
+        return self._heads(self._rows(features, batch, rows))
+
+    def _rows(
+        self, features: dict[str, torch.Tensor], batch: dict[str, Any], rows: slice
+    ) -> dict[str, torch.Tensor]:
+        """Features, and what belongs to rows of some of them."""
+        given = {k: batch[k] for k in PER_ROW if batch.get(k) is not None}
+        given |= {k: features[k] for k in ("text_index", "memory") if k in features}
+        return features | {k: v[rows].to(self.device, non_blocking=True) for k, v in given.items()}
+
+    def _heads(self, inputs: dict[str, torch.Tensor]) -> Outputs:
+        """All after the vision tower, from what `_rows` gives."""
+        memory, prompt, prompt_mask = self._fuse(inputs)
         outputs, states = self._decode(memory, prompt, prompt_mask)
         if self.masks:
-            outputs |= self._mask_outputs(
-                states, features, image_index, memory, prompt, prompt_mask
-            )
+            outputs |= self._mask_outputs(states, inputs, memory, prompt, prompt_mask)
         return outputs
 
     def fuse(
@@ -268,31 +282,31 @@ class Forward:
         Returns:
             The DETR encoder's memory (b,h*w,C), prompt tokens (b,n,C), their mask (b,n) bool.
         """
-        image_index = batch["image_index"].to(self.device, non_blocking=True)[rows]
-        text_index = features["text_index"][rows]
-        prompt = features["text"].index_select(0, text_index)
-        prompt_mask = features["text_mask"].index_select(0, text_index)
+        return self._fuse(self._rows(features, batch, rows))
+
+    def _fuse(
+        self, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`fuse`, from what `_rows` gives."""
+        prompt = inputs["text"].index_select(0, inputs["text_index"])
+        prompt_mask = inputs["text_mask"].index_select(0, inputs["text_index"])
         coarse = None
-        if "fpn_2" in features:  # (b,C,h,w); sums gradients in fp32
-            coarse = features["fpn_2"].float().index_select(0, image_index)
-        if "geometry" in features:
-            token = features["geometry"].index_select(0, image_index)
+        if "fpn_2" in inputs:  # (b,C,h,w); sums gradients in fp32
+            coarse = inputs["fpn_2"].float().index_select(0, inputs["image_index"])
+        if "geometry" in inputs:
+            token = inputs["geometry"].index_select(0, inputs["image_index"])
             prompt = torch.cat([prompt, token], dim=1)
             prompt_mask = F.pad(prompt_mask, (0, 1), value=True)
-        elif batch.get("box_prompts_cxcywh") is not None:
-            boxes = batch["box_prompts_cxcywh"].to(self.device, non_blocking=True)[rows]
-            labels = batch["box_prompt_labels"].to(self.device, non_blocking=True)[rows]
+        elif "box_prompts_cxcywh" in inputs:
+            boxes, labels = inputs["box_prompts_cxcywh"], inputs["box_prompt_labels"]
             tokens, mask = self._read_boxes(boxes, labels, coarse)
             prompt = torch.cat([prompt, tokens], dim=1)
             prompt_mask = torch.cat([prompt_mask, mask], dim=1)
-        if "memory" in features:
-            return features["memory"][rows], prompt, prompt_mask
-        inputs = (coarse, prompt, prompt_mask)
-        parts = [
-            self._encode_detr(*part)
-            for part in zip(*(self._groups(t, "detr_encoder") for t in inputs), strict=True)
-        ]
-        return _join(parts), prompt, prompt_mask
+        if "memory" in inputs:
+            return inputs["memory"], prompt, prompt_mask
+        groups = (self._groups(t, "detr_encoder") for t in (coarse, prompt, prompt_mask))
+        memory = _join([self._encode_detr(*group) for group in zip(*groups, strict=True)])
+        return memory, prompt, prompt_mask
 
     def _autocast(self) -> torch.autocast:
         """Mixed precision for the DETR and mask heads; off in fp32."""
@@ -341,8 +355,7 @@ class Forward:
     def _mask_outputs(
         self,
         states: torch.Tensor,
-        features: dict[str, torch.Tensor],
-        image_index: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
         memory: torch.Tensor,
         prompt: torch.Tensor,
         prompt_mask: torch.Tensor,
@@ -360,7 +373,7 @@ class Forward:
             pixels = memory.transpose(1, 2).unflatten(2, self.grid)  # (b,C,h,w)
             # The third convolution of the published weights has no level to work on.
             for number, name in enumerate(("fpn_1", "fpn_0")):
-                fine = features[name].index_select(0, image_index)
+                fine = inputs[name].index_select(0, inputs["image_index"])
                 pixels = self._layer(self._pixel_layer)(number, pixels, fine)
             outputs = {
                 "pixel_embed": decoder.instance_projection(pixels),
@@ -394,11 +407,12 @@ class Forward:
         start = decoder.reference_points.weight.sigmoid().repeat(copies, 1)[None]
         # What the next layer reads, without a gradient; and the same with the graph that made it.
         reference = stored = start.expand(count, -1, -1)
-        keys = memory.float(), self._position().flatten(2).transpose(1, 2)
-        texts = prompt, prompt_mask[:, None, None, :]
+        memory = memory.float()
+        keys = memory + self._position().flatten(2).transpose(1, 2)
+        attended = keys, memory, prompt, prompt_mask[:, None, None, :]
         states, boxes, presence = [], [], []
         for layer in decoder.layers:
-            hidden = self._layer(self._decoder_layer)(layer, hidden, reference, *keys, *texts)
+            hidden = self._layer(self._decoder_layer)(layer, hidden, reference, *attended)
             state = decoder.output_layer_norm(hidden[:, 1:])
             delta = decoder.box_head(state)
             boxes.append((inverse_sigmoid(stored) + delta).sigmoid())
@@ -420,8 +434,8 @@ class Forward:
         layer: nn.Module,
         hidden: torch.Tensor,
         reference: torch.Tensor,
+        keys: torch.Tensor,
         memory: torch.Tensor,
-        position: torch.Tensor,
         prompt: torch.Tensor,
         prompt_mask: torch.Tensor,
     ) -> torch.Tensor:
@@ -441,7 +455,7 @@ class Forward:
             hidden = hidden + layer.text_cross_attn_dropout(attended)
             hidden = layer.text_cross_attn_layer_norm(hidden)
             attended, _ = layer.vision_cross_attn(
-                query=hidden + query_pos, key=memory + position, value=memory, attention_mask=bias
+                query=hidden + query_pos, key=keys, value=memory, attention_mask=bias
             )
             hidden = hidden + layer.vision_cross_attn_dropout(attended)
             hidden = layer.vision_cross_attn_layer_norm(hidden).float()

@@ -1,5 +1,8 @@
 """What the forward pass computes once, computes again, or is given."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -156,3 +159,19 @@ def test_what_is_given_is_not_computed_and_changes_no_bit(loaded, adapt, given, 
         monkeypatch.setattr(Forward, "encode_trunk", None)
     again = gradients(forward, cached)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_compiled_it_is_one_graph_a_part_with_no_break(loaded, adapt, monkeypatch):
+    dynamo, stats = torch._dynamo, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, batch = adapt(*TRAINED), make_batch()
+    plain = gradients(Forward(model, loaded[1], one_to_many=True), batch)
+    dynamo.reset()
+    stats.clear()
+    forward = Forward(model, loaded[1], one_to_many=True, compiled=True)
+    again = gradients(forward, batch)
+    gradients(replace(forward), batch)
+    assert stats["stats"]["unique_graphs"] == 2
+    assert not stats["graph_break"]
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5)
