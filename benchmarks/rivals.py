@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Sam3Config, Sam3Model
@@ -160,14 +161,19 @@ def spread_adapters(model: nn.Module, seed: int = 1) -> None:
         module.lora_B.copy_(ADAPTER_STD * values)
 
 
-def adapt_ours(model: Sam3Model, lora: LoRAConfig, geometry_cls: str = "meta") -> Forward:
-    """The model with our adapters, in the precision that training takes on its device; without
-    the one-to-many branch, which the library has not."""
+def adapt_ours(
+    model: Sam3Model, lora: LoRAConfig, geometry_cls: str = "meta", **options: Any
+) -> Forward:
+    """The model with our adapters, in the precision that training takes on its device.
+
+    Without the one-to-many branch, which the library has not; `options` are further ones of
+    `Forward`.
+    """
     apply_lora(model, lora)
     spread_adapters(model)
     dtype = compute_dtype("auto", model.device)
     cast_towers(model, dtype)
-    return Forward(model, make_tokenizer(), geometry_cls, dtype)
+    return Forward(model, make_tokenizer(), geometry_cls, dtype, **options)
 
 
 @dataclass
@@ -341,6 +347,14 @@ def choose_machine(name: str, model: str | None) -> tuple[torch.device, str]:
     if device.type == "cpu":
         torch.set_num_threads(1)
     return device, model or ("full" if device.type == "cuda" else "bench224")
+
+
+def graphs() -> str:
+    """What `torch.compile` has made since the last call: number of graphs, and of breaks."""
+    counters = torch._dynamo.utils.counters
+    number, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    counters.clear()
+    return f"{number}, {breaks}"
 
 
 def wait_for(device: torch.device) -> None:

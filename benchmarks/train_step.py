@@ -40,6 +40,7 @@ from rivals import (
     build_model,
     choose_machine,
     criterion_of,
+    graphs,
     library_step,
     machine,
     make_batch,
@@ -85,7 +86,13 @@ class Pair:
 def build_ours(args: argparse.Namespace, lora: LoRAConfig) -> tuple[Forward, Any]:
     """Our model with adapters, in training mode, and its optimizer."""
     model = build_model(args.model, args.device)
-    forward = adapt_ours(model, lora, args.geometry_cls)
+    forward = adapt_ours(
+        model,
+        lora,
+        args.geometry_cls,
+        compiled=args.use_compile,
+        checkpointing=args.gradient_checkpointing,
+    )
     forward.release_text_encoder(prompt_texts(max(args.prompts)))
     train_adapted(model)
     return forward, engine.build_optimizer(model, RATE, 0.01)
@@ -207,7 +214,9 @@ def time_row(args: argparse.Namespace, name: str, pair: Pair, prompts: int) -> d
     row |= {f"{who}, s": statistics.median(times) for who, times in seconds.items()}
     for rival in (LIBRARY, ONE_BY_ONE):
         row[f"{rival} / ours"] = ratio(seconds[rival], seconds[OURS])
-    return row | {"losses apart": f"{gap:.0e}"}
+    row["losses apart"] = f"{gap:.0e}"
+    # With one-to-many the heads are a graph of their own, as for each other number of rows.
+    return row | ({"graphs, breaks": graphs()} if args.use_compile else {})
 
 
 def count_rows(
@@ -307,6 +316,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--geometry_cls", choices=("meta", "hf"), default="meta", help="of both (default: meta)")
     add("--library_weights", choices=DTYPES, default="fp32",
         help="in which the library holds its weights (default: fp32, as they are published)")
+    add("--use_compile", action="store_true", help="ours through torch.compile")
+    add("--gradient_checkpointing", choices=("off", "mlp", "full"), default="off",
+        help="of ours; the library's model has none (default: off)")
     add("--memory_caps", type=float, nargs="+", metavar="GB",
         help="GPU: only look for the largest batch in so much memory")
     # fmt: on
