@@ -14,7 +14,8 @@ shapes      what those readers find: shapes, classes, files, and their records
 mask_images  reader of masks that are image files, into COCO records
 tiles       crowded photos cut into tiles
 dataset     image x prompts -> targets, negatives, transforms, collate_fn
-losses      matcher and criterion -> a dict of named losses
+matching    which query learns which target, and the box arithmetic of the loss
+losses      the criterion: a dict of named losses
 metrics     box and mask AP, cgF1 and its factors, mask IoU
 engine      the only batch loop: training, evaluation, schedule, seeding
 evaluation  outputs to detections, a split to its metrics; a model ready to run

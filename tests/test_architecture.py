@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 24
+MAX_PACKAGE_FILES = 25
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "mask_images": {"coco", "shapes", "images"},
     "tiles": {"coco"},
     "dataset": {"coco", "tiles"},
+    "losses": {"matching"},
     "metrics": {"coco"},
     "forward": {"model"},
     "evaluation": {"lora_layers", "checkpoint", "coco", "engine", "forward", "metrics", "model"},
