@@ -207,10 +207,7 @@ def _within_memory(work: Callable[[], Any], limits: Limits, images: int, rows: i
         flags = f"--max_rows_per_forward {limits.rows}"
         if limits.images != before.images:
             flags += f" --batch_size {limits.images}, with more --gradient_accumulation_steps"
-        text = (
-            "out of memory: going on in smaller parts, which changes no result; to begin so, set %s"
-        )
-        log.warning(text, flags)
+        log.warning("out of memory: going on in smaller parts, to the same result; set %s", flags)
     return result
 
 

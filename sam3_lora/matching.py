@@ -114,8 +114,8 @@ def _to_host(values: torch.Tensor) -> np.ndarray:
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy on the device that is not waited for: a GPU reads page-locked memory by itself."""
     if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def matches_to_device(
