@@ -60,12 +60,11 @@ def match_queries(
     branches = [branch for branch in ("", "o2m_") if branch + "logits" in outputs]
     row_of = np.arange(len(sizes)).repeat(sizes)  # (N,)
     index = to_device(torch.from_numpy(row_of), objects_cxcywh.device)
-    # A target beside its row's queries: rows of different sizes need no padding.
     logits, boxes = (
-        torch.cat([outputs[branch + name] for branch in branches]).float().index_select(1, index)
+        torch.cat([outputs[branch + name] for branch in branches]).float()
         for name in ("logits", "boxes_cxcywh")
-    )  # (L,N,Q) and (L,N,Q,4), or twice as many layers
-    costs, score = _costs(logits, boxes, objects_cxcywh[:, None])
+    )  # (L,B,Q) and (L,B,Q,4), or twice as many layers
+    costs, score = _costs(logits, boxes, objects_cxcywh, index)
     # Above the fifth best, as Meta's quantile has it: of equal scores at the border none is chosen.
     best = min(O2M_TOPK + 1, score.shape[1])
     floor = score.topk(best, dim=1).values[:, -1:]
@@ -82,16 +81,20 @@ def match_queries(
 
 
 def _costs(
-    logits: torch.Tensor, boxes: torch.Tensor, objects: torch.Tensor
+    logits: torch.Tensor, boxes: torch.Tensor, objects: torch.Tensor, row_of: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hungarian costs (L,N,Q), and the last layer's one-to-many score (N,Q)."""
+    """Hungarian costs (L,N,Q), and the last layer's one-to-many score (N,Q).
+
+    A target stands beside its row's queries, so that rows of different sizes need no padding.
+    """
     p = logits.sigmoid()
     positive = -FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * F.logsigmoid(logits)
     negative = -(1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * F.logsigmoid(-logits)
+    boxes, objects = boxes.index_select(1, row_of), objects[:, None]  # (L,N,Q,4), (N,1,4)
     iou, giou = box_iou(to_xyxy(boxes), to_xyxy(objects))
-    cost = COST_BBOX * (boxes - objects).abs().sum(-1)
-    cost = cost + COST_CLASS * (positive - negative) - COST_GIOU * giou
-    score = O2M_ALPHA * p[-1] + (1 - O2M_ALPHA) * iou[-1]
+    cost = COST_BBOX * (boxes - objects).abs().sum(-1) - COST_GIOU * giou
+    cost = cost + COST_CLASS * (positive - negative).index_select(1, row_of)
+    score = O2M_ALPHA * p[-1].index_select(0, row_of) + (1 - O2M_ALPHA) * iou[-1]
     # A cost that is not a number would stop scipy; the loss itself reports it with its terms.
     return cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6), score
 
