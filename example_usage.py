@@ -58,6 +58,7 @@ def adapt_and_train(data: Path, output_dir: Path) -> Path:
         build_loader(dataset, keys[:STEPS], num_workers=0),
         engine.build_optimizer(model, LEARNING_RATE, weight_decay=0.01),
         lambda step: engine.lr_factor("cosine", step, STEPS, warmup_steps=5),
+        engine.Limits(BATCH_SIZE, BATCH_SIZE * PROMPTS),
     )
     log = []
     for record in records:

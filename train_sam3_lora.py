@@ -88,6 +88,7 @@ class Run:
     val_set: PromptDataset | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    limits: engine.Limits
     steps_per_epoch: int
     total_steps: int
     cache: FeatureCache | None = None
@@ -205,6 +206,7 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         val_set=val_set,
         optimizer=engine.build_optimizer(model, training.learning_rate, training.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        limits=engine.Limits(training.batch_size, config.hardware.max_rows_per_forward),
         steps_per_epoch=steps_per_epoch,
         total_steps=training.max_steps or steps_per_epoch * training.num_epochs,
     )
@@ -262,12 +264,10 @@ def keep_features(run: Run) -> None:
 def describe_run(run: Run) -> None:
     """Logs what is trained, on what, and what the data does not allow."""
     log.info("adapters:\n%s", lora_table(run.forward.model))
+    categories = len(run.train_set.split.categories)
     log.info(
         "%d images or tiles, %d categories, %d steps in %d epochs",
-        len(run.train_set),
-        len(run.train_set.split.categories),
-        run.total_steps,
-        run.epochs,
+        *(len(run.train_set), categories, run.total_steps, run.epochs),
     )
     if run.val_set is None:
         log.warning("no validation split: the last adapter will be the best_model")
@@ -319,7 +319,7 @@ def evaluate_now(run: Run) -> None:
             count_targets,
             build_loader(run.val_set, batches, config.hardware.num_workers),
             run.val_set.split,
-            max_rows=config.hardware.max_rows_per_forward,
+            max_rows=run.limits.rows,
             max_detections=config.evaluation.max_detections,
             score_threshold=config.evaluation.score_threshold,
         )
@@ -396,10 +396,10 @@ def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
         run.cache.filled(loader) if run.cache else loader,
         run.optimizer,
         lambda s: engine.lr_factor(training.lr_schedule, s, run.total_steps, run.warmup_steps),
+        run.limits,
         step=run.step,
         accumulation=training.gradient_accumulation_steps,
         max_grad_norm=training.max_grad_norm,
-        max_rows=hardware.max_rows_per_forward,
         scaler=run.scaler,
     )
     return records, steps
@@ -443,9 +443,8 @@ def train(run: Run) -> None:
             train_epoch(run, run.step // run.steps_per_epoch)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"out of memory at step {run.step + 1}; lower --max_rows_per_forward (now "
-                f"{run.config.hardware.max_rows_per_forward}) or --batch_size, or compare masks at "
-                "fewer pixels with --mask_loss native"
+                f"out of memory at step {run.step + 1} with one image and one row at a time; adapt "
+                "fewer components, or compare masks at fewer pixels with --mask_loss native"
             ) from error
         evaluate_now(run)
         save_now(run)

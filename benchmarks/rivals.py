@@ -60,13 +60,13 @@ from sam3_lora.forward import (  # noqa: E402
     Forward,
     Outputs,
     inverse_sigmoid,
-    tokenize,
 )
 from sam3_lora.losses import compute_losses, count_targets  # noqa: E402
 from sam3_lora.model import (  # noqa: E402
     cast_towers,
     choose_device,
     compute_dtype,
+    tokenize,
 )
 from sam3_lora.scenes import WORDS  # noqa: E402
 
@@ -302,7 +302,7 @@ def ours_step(
         optimizer,
         lambda step: 1.0,
         max_grad_norm=config.training.max_grad_norm,
-        max_rows=config.hardware.max_rows_per_forward,
+        limits=engine.Limits(len(batch["image_ids"]), config.hardware.max_rows_per_forward),
     )
     return [record["loss"] for record in records][0]
 

@@ -261,8 +261,8 @@ def pretrain(
         # Without dropout, as loaded: endless scenes cannot be learned by heart.
         build_optimizer(model, head, learning_rate),
         lambda step: engine.lr_factor("cosine", step, steps, WARMUP_STEPS),
+        engine.Limits(IMAGES, IMAGES * PROMPTS),
         max_grad_norm=MAX_GRAD_NORM,
-        max_rows=IMAGES * PROMPTS,
     )
     recent: deque = deque(maxlen=LOG_STEPS)
     for record in records:

@@ -16,7 +16,8 @@ mask_images  reader of masks that are image files, into COCO records
 tiles       crowded photos cut into tiles
 dataset     image x prompts -> targets, negatives, transforms
 loader      items to batches: order, worker processes, collate_fn
-losses      matcher and criterion -> a dict of named losses
+matching    which query learns which target, and the box arithmetic of the loss
+losses      the criterion: a dict of named losses
 metrics     box and mask AP, cgF1 and its factors, mask IoU
 engine      the only batch loop: training, evaluation, schedule, seeding
 features    the cache of frozen parts' features

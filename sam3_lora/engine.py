@@ -1,19 +1,21 @@
 """The batch loop: one optimizer step over its micro-batches, and the pass over an evaluation set.
 
-Training, validation loss and evaluation share `_row_chunks`: features are computed once per image
-and text, then the heads run over at most `max_rows` rows at a time.
+Training, validation loss and evaluation share `_chunk`: features are computed once per image and
+text, then the heads run over at most so many rows at a time.
 
     encode(micro-batch) -> features --detach--> leaves -> heads(rows 0..r)  -> losses.backward()
                                              |-> heads(rows r..2r) -> losses.backward()
     features.backward(leaves.grad)    once, however many chunks the rows were cut into
 
-Counts for the means are taken over the whole step first, so cutting changes memory, not the step.
+Counts for the means are taken over the whole step first, so cutting changes memory, not the step:
+where memory runs out, the same step is taken in smaller parts.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import logging
 import math
 import os
 import platform
@@ -23,6 +25,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,11 @@ try:
     import resource
 except ImportError:  # Windows has no such module
     resource = None
+
+log = logging.getLogger(__name__)
+
+# What a batch holds for each image (the last for pretraining the demo model); the rest is by row.
+PER_IMAGE = ("images", "views", "image_ids", "original_sizes", "trunk", "geometry", "labels")
 
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
@@ -47,6 +56,26 @@ Count = Callable[[list], dict[str, int]]
 
 class LossError(ValueError):
     """A loss or gradient that is NaN or infinite; the message names step, images and terms."""
+
+
+@dataclass
+class Limits:
+    """How much goes through the model at once; smaller ever after memory ran out.
+
+    Args:
+        images: most in one `encode`.
+        rows: most in one `predict`.
+    """
+
+    images: int
+    rows: int
+
+    def halve(self, images: int, rows: int) -> bool:
+        """Halves what was tried of so many images and rows; False where that was one of each."""
+        images, rows = min(self.images, images), min(self.rows, rows)
+        self.images = images // 2 if images > 1 else self.images
+        self.rows = rows // 2 if rows > 1 else self.rows
+        return images > 1 or rows > 1
 
 
 def seed_everything(seed: int) -> None:
@@ -102,11 +131,11 @@ def train_one_epoch(
     batches: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
     factor: Callable[[int], float],
+    limits: Limits,
     *,
     step: int = 0,
     accumulation: int = 1,
     max_grad_norm: float = 0.1,
-    max_rows: int = 32,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Takes the optimizer steps of an epoch, yielding a record after each.
@@ -116,25 +145,23 @@ def train_one_epoch(
         batches: micro-batches.
         optimizer, scaler: over the trainable parameters; the scaler is for fp16.
         factor: step -> share of the peak learning rate.
+        limits: larger micro-batches are cut; halved, with a warning, where memory runs out.
         step, accumulation: steps done before; micro-batches a step (the last may have fewer).
         max_grad_norm: L2 norm gradients are clipped to; 0 leaves them.
-        max_rows: rows in one forward of the heads.
 
     Yields:
         `step` (from 1), the terms, `grad_norm` unclipped, `lr`, `counts`, `images`, `seconds`.
 
     Raises:
         LossError: a loss or gradient is not finite; no parameter has moved.
+        torch.OutOfMemoryError: one image and one row at a time do not fit either; likewise.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     iterator, started = iter(batches), time.perf_counter()
     while micro_batches := list(itertools.islice(iterator, accumulation)):
         _set_rate(optimizer, factor(step))
-        optimizer.zero_grad(set_to_none=True)
         counts = _add_counts([count(batch["targets"]) for batch in micro_batches])
-        totals: Losses = {}
-        for batch in micro_batches:
-            _accumulate(totals, _backward(forward, criterion, batch, counts, max_rows, scaler))
+        totals = _gradients(forward, criterion, micro_batches, counts, limits, optimizer, scaler)
         totals["grad_norm"] = _clip(optimizer, scaler, max_grad_norm)
         step += 1
         record = _to_numbers(totals)
@@ -163,19 +190,87 @@ def _clip(
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
 
 
+def _within_memory(work: Callable[[], Any], limits: Limits, images: int, rows: int) -> Any:
+    """What `work`, within the limits, makes of so many images and rows; where memory runs out it is
+    done again, within smaller ones."""
+    before = replace(limits)
+    while True:
+        try:
+            result = work()
+            break
+        except torch.OutOfMemoryError:
+            if not limits.halve(images, rows):
+                raise
+        # Not inside `except`: its traceback holds what the failed try had allocated.
+        torch.cuda.empty_cache()
+    if limits != before:
+        flags = f"--max_rows_per_forward {limits.rows}"
+        if limits.images != before.images:
+            flags += f" --batch_size {limits.images}, with more --gradient_accumulation_steps"
+        log.warning("out of memory: going on in smaller parts, to the same result; set %s", flags)
+    return result
+
+
+def _gradients(
+    forward: ForwardLike,
+    criterion: Criterion,
+    micro_batches: list[Batch],
+    counts: dict[str, int],
+    limits: Limits,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Losses:
+    """Sets a step's gradients, in parts that fit into memory; returns its losses, detached."""
+
+    def work() -> Losses:
+        optimizer.zero_grad(set_to_none=True)
+        totals: Losses = {}
+        for batch in micro_batches:
+            for part in _split(batch, limits.images):
+                _accumulate(totals, _backward(forward, criterion, part, counts, limits, scaler))
+        return totals
+
+    images = max(len(batch["image_ids"]) for batch in micro_batches)
+    rows = max(len(batch["texts"]) for batch in micro_batches)
+    return _within_memory(work, limits, images, rows)
+
+
+def _split(batch: Batch, images: int) -> Iterator[Batch]:
+    """Parts of a batch, of at most so many images each, with the rows of these."""
+    count = len(batch["image_ids"])
+    if count <= images:
+        yield batch
+        return
+    for start in range(0, count, images):
+        own = range(start, start + images)
+        rows = [row for row, image in enumerate(batch["image_index"].tolist()) if image in own]
+        part = {}
+        for name, value in batch.items():
+            if name in PER_IMAGE and value is not None:
+                part[name] = value[start : start + images]
+            elif torch.is_tensor(value):
+                part[name] = value[rows]
+            else:
+                part[name] = value and [value[row] for row in rows]
+        part["image_index"] = part["image_index"] - start
+        yield part
+
+
 def _backward(
     forward: ForwardLike,
     criterion: Criterion,
     batch: Batch,
     counts: dict[str, int],
-    max_rows: int,
+    limits: Limits,
     scaler: torch.amp.GradScaler,
 ) -> Losses:
     """Adds one micro-batch's gradients; returns its share of the step's losses, detached."""
     features = forward.encode(batch)
     leaves = {k: v.detach().requires_grad_(v.requires_grad) for k, v in features.items()}
     totals: Losses = {}
-    for _, _, losses in _row_chunks(forward, criterion, leaves, batch, counts, max_rows):
+    for start in range(0, len(batch["texts"]), limits.rows):
+        # Without the outputs, which would stay through the next forward.
+        losses = _chunk(forward, criterion, leaves, batch, counts, limits, start)[-1]
         scaler.scale(losses["loss"]).backward()
         _accumulate(totals, losses)
     shared = [k for k, v in leaves.items() if v.grad is not None]
@@ -184,19 +279,19 @@ def _backward(
     return totals
 
 
-def _row_chunks(
+def _chunk(
     forward: ForwardLike,
     criterion: Criterion,
     features: dict[str, torch.Tensor],
     batch: Batch,
     counts: dict[str, int],
-    max_rows: int,
-) -> Iterator[tuple[slice, dict[str, torch.Tensor], Losses]]:
-    """Yields (rows, outputs, losses) of a batch, `max_rows` rows at a time."""
-    for start in range(0, len(batch["texts"]), max_rows):
-        rows = slice(start, start + max_rows)
-        outputs = forward.predict(features, batch, rows)
-        yield rows, outputs, criterion(outputs, batch["targets"][rows], counts)
+    limits: Limits,
+    start: int,
+) -> tuple[slice, dict[str, torch.Tensor], Losses]:
+    """Rows, outputs and losses of as many rows of a batch, from `start`, as the limits allow."""
+    rows = slice(start, start + limits.rows)
+    outputs = forward.predict(features, batch, rows)
+    return rows, outputs, criterion(outputs, batch["targets"][rows], counts)
 
 
 @torch.no_grad()
@@ -210,19 +305,21 @@ def evaluate(
     """Runs the model over an evaluation set.
 
     Args:
-        forward, criterion, count, batches, max_rows: as for `train_one_epoch`.
+        forward, criterion, count, batches: as for `train_one_epoch`.
+        max_rows: rows in one forward of the heads; halved, with a warning, where memory runs out.
 
     Yields:
         For every chunk of rows `batch`, `rows` (a slice of the batch's rows), `outputs`, `counts`
         of the batch, and `losses`, numbers whose sum over a batch's chunks is that batch's loss.
         The caller sets eval mode.
     """
+    limits = Limits(1, max_rows)
     for batch in batches:
-        features = forward.encode(batch)
-        counts = count(batch["targets"])
-        for rows, outputs, losses in _row_chunks(
-            forward, criterion, features, batch, counts, max_rows
-        ):
+        features, counts = forward.encode(batch), count(batch["targets"])
+        start, total = 0, len(batch["texts"])
+        while start < total:
+            work = partial(_chunk, forward, criterion, features, batch, counts, limits, start)
+            rows, outputs, losses = _within_memory(work, limits, 1, total - start)
             yield {
                 "batch": batch,
                 "rows": rows,
@@ -230,6 +327,7 @@ def evaluate(
                 "counts": counts,
                 "losses": _to_numbers(losses),
             }
+            start = rows.stop
 
 
 def _accumulate(totals: Losses, losses: Losses) -> None:

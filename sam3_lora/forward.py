@@ -27,10 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sam3_lora.model import image_size, num_queries
+from sam3_lora.model import image_size, num_queries, tokenize
 
-# Tokens of a prompt; CLIP's text encoder has this many positions (transformers processing_sam3.py).
-CONTEXT_LENGTH = 32
 # Label of a padding box in `input_boxes_labels` (transformers modeling_sam3.py).
 PADDING_BOX = -10
 # Clip of the argument of the inverse sigmoid (transformers modeling_sam3.py, `inverse_sigmoid`).
@@ -46,26 +44,6 @@ CACHED = ("trunk", "memory", "geometry")
 PER_ROW = ("image_index", "box_prompts_cxcywh", "box_prompt_labels")
 
 Outputs = dict[str, torch.Tensor]
-
-
-def tokenize(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of prompts, cut at 32 tokens as Meta does.
-
-    Args:
-        tokenizer: CLIP's, which lower-cases.
-        texts: U prompts.
-
-    Returns:
-        input_ids (U, 32) long, attention_mask (U, 32) long with 1 for a token and 0 for padding.
-    """
-    encoded = tokenizer(
-        texts,
-        padding="max_length",
-        truncation=True,
-        max_length=CONTEXT_LENGTH,
-        return_tensors="pt",
-    )
-    return encoded["input_ids"], encoded["attention_mask"]
 
 
 @dataclass
@@ -313,12 +291,17 @@ class Forward:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _geometry_token(self, coarse: torch.Tensor) -> torch.Tensor:
-        """The geometry encoder's answer (I,1,C) to an image (I,C,h,w) without boxes."""
-        coarse = coarse.float()
-        boxes = coarse.new_zeros(len(coarse), 1, 4)
-        labels = torch.full((len(coarse), 1), PADDING_BOX, device=coarse.device)
-        # The padding box is masked in there; its token says nothing.
-        return self._read_boxes(boxes, labels, coarse)[0][:, :1]
+        """The geometry encoder's answer (I,1,C) to an image (I,C,h,w) without boxes: its CLS token.
+
+        The library reads it beside a masked padding box, and a value from the GPU to find the mask.
+        """
+        encoder, image = self.model.geometry_encoder, coarse.float().flatten(2).transpose(1, 2)
+        token = encoder.prompt_layer_norm(encoder.final_proj(encoder.cls_embed.weight))
+        hidden = token.expand(len(coarse), 1, -1)
+        position = self._position().flatten(2).transpose(1, 2)
+        for layer in encoder.layers:
+            hidden = layer(hidden, image, position.expand_as(image), None)
+        return encoder.output_layer_norm(hidden)
 
     def _read_boxes(
         self, boxes: torch.Tensor, labels: torch.Tensor, coarse: torch.Tensor

@@ -1,4 +1,4 @@
-"""Meta's SAM 3 training loss: matchers, terms and weights.
+"""Meta's SAM 3 training loss: terms and weights.
 
 One row is one (image, prompt) pair; B rows, Q queries, G_b targets in row b, L decoder layers.
 Every layer is matched and supervised by boxes, classification and presence, the last one by masks
@@ -9,8 +9,11 @@ too; the one-to-many branch repeats all but presence with weight 2. The total is
 where every mean is taken over counts of the whole optimizer step (`count_targets`), so that a step
 in k micro-batches has the gradient of the step in one.
 
-Source: facebookresearch/sam3 @99d02f2, sam3/train/loss/{loss_fns,sam3_loss}.py,
-sam3/train/matcher.py, and the weights of its roboflow_v100 fine-tuning configuration.
+What is decided (which rows have objects, masks, all of them) is read from the targets on the CPU:
+a value read from a GPU would wait for it. The matchers alone do so, once.
+
+Source: facebookresearch/sam3 @99d02f2, sam3/train/loss/{loss_fns,sam3_loss}.py, and the weights of
+its roboflow_v100 fine-tuning configuration.
 """
 
 from __future__ import annotations
@@ -18,11 +21,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+
+from sam3_lora.matching import (
+    FOCAL_ALPHA,
+    FOCAL_GAMMA,
+    Matches,
+    box_iou,
+    match_queries,
+    matches_to_device,
+    to_device,
+    to_xyxy,
+)
 
 # Weight of each term in the total (roboflow_v100_full_ft_100_images.yaml).
 WEIGHTS = {
@@ -36,23 +51,18 @@ WEIGHTS = {
     "loss_semantic_dice": 30.0,
 }
 ONE_TO_MANY_WEIGHT = 2.0
-# Hungarian matching cost (BinaryHungarianMatcherV2).
-COST_BBOX, COST_CLASS, COST_GIOU = 5.0, 2.0, 2.0
-FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 SEMANTIC_ALPHA = 0.6
 # Target of a matched query: p^0.25 IoU^0.75, at least 0.01 (IABCE).
 TARGET_ALPHA, TARGET_MIN = 0.25, 0.01
 # The same from random weights: p says nothing yet, IoU^0.5 rises sooner.
 SCRATCH_ALPHA = 0.5
-# One-to-many matching: 0.3 p + 0.7 IoU among the best 4 queries of a target, and above 0.4.
-O2M_ALPHA, O2M_THRESHOLD, O2M_TOPK = 0.3, 0.4, 4
 # Point sampling of masks (PointRend): points, oversampling, share taken where masks are uncertain.
 MASK_POINTS, POINT_OVERSAMPLE, POINT_IMPORTANCE = 12_544, 3, 0.75
-# Masks compared at once: bounds memory, 16 at 1008 pixels take 0.6 GB.
-MASKS_AT_ONCE = 16
+# Masks compared at once: bounds memory, a dozen maps of each, 0.4 GB at 1008 pixels.
+MASKS_AT_ONCE = 8
 
-# A matching: rows (M,), queries (M,) and targets (M,), the last an index into all rows' targets.
-Match = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# A matching on the device: rows (M,), queries (M,), targets (M,) as in `matching.Matches`.
+Match = tuple[torch.Tensor, ...]
 Targets = list[dict[str, torch.Tensor]]
 
 
@@ -68,7 +78,7 @@ def count_targets(targets: Targets) -> dict[str, int]:
     """
     return {
         "targets": sum(len(t["boxes_cxcywh"]) for t in targets),
-        "masked_targets": sum(int(t["has_mask"].sum()) for t in targets),
+        "masked_targets": sum(int(t["has_mask"].numpy().sum()) for t in targets),
         "rows": len(targets),
         "semantic_rows": sum(_knows_union(t) for t in targets),
     }
@@ -76,8 +86,8 @@ def count_targets(targets: Targets) -> dict[str, int]:
 
 def _knows_union(target: dict[str, torch.Tensor]) -> bool:
     """Whether a row has objects, a mask for each, and none of its prompt's was left out."""
-    has_mask = target["has_mask"]
-    return len(has_mask) > 0 and bool(has_mask.all()) and bool(target["complete"])
+    has_mask = target["has_mask"].numpy()
+    return len(has_mask) > 0 and bool(has_mask.all()) and bool(target["complete"].numpy())
 
 
 def compute_losses(
@@ -95,7 +105,7 @@ def compute_losses(
         outputs: `logits` (L,B,Q), `boxes_cxcywh` (L,B,Q,4), `presence` (L,B); with masks
             `mask_embed` (B,Q,C), `pixel_embed` (B,C,h,w), `semantic` (B,h,w); with the one-to-many
             branch `o2m_logits`, `o2m_boxes_cxcywh`, `o2m_mask_embed`.
-        targets: B dicts, as `PromptDataset` gives.
+        targets: B dicts on the CPU, as `PromptDataset` gives.
         counts: `count_targets` summed over the whole optimizer step.
         pos_weight: weight of matched queries in the classification term.
         mask_loss: `full` compares at the targets' S pixels, `native` at the prediction's h pixels,
@@ -111,24 +121,23 @@ def compute_losses(
         of the matched queries: of boxes without mask outputs, else of masks, if the step has any.
     """
     device = outputs["logits"].device
-    targets = [{k: v.to(device) for k, v in t.items()} for t in targets]
-    objects = torch.cat([t["boxes_cxcywh"] for t in targets])
+    sizes = [len(t["boxes_cxcywh"]) for t in targets]
+    objects = to_device(torch.cat([t["boxes_cxcywh"] for t in targets]), device)
+    keep = to_device(torch.tensor([float(size > 0) for size in sizes]), device)
     classify = partial(
-        _classification, counts=counts, pos_weight=pos_weight, from_scratch=from_scratch
+        _classification, keep=keep, counts=counts, pos_weight=pos_weight, from_scratch=from_scratch
     )
     with torch.autocast(device.type, enabled=False):
-        matches = _match_layers(outputs, targets, from_scratch)
+        found = match_queries(outputs, objects, sizes, from_scratch)
+        matches = matches_to_device(found, device)
         losses: dict[str, torch.Tensor] = {}
         for branch, layers in matches.items():
-            losses |= _branch_terms(outputs, branch, layers, targets, objects, counts, classify)
-            if branch + "mask_embed" in outputs:
-                terms = _mask_terms(outputs, branch, targets, layers[-1], counts, mask_loss)
-                losses |= {k + "_o2m" * bool(branch): value for k, value in terms.items()}
-        if "semantic" in outputs:
-            losses |= _semantic(outputs["semantic"].float(), targets, counts)
-        losses["loss"] = total_loss(losses, counts, weights)
-        if "mask_embed" not in outputs:
+            losses |= _branch_terms(outputs, branch, layers, objects, keep, counts, classify)
+        if "mask_embed" in outputs:
+            losses |= _all_mask_terms(outputs, targets, found, counts, mask_loss)
+        else:
             losses["iou"] = _matched_box_iou(outputs, objects, matches[""][-1], counts)
+        losses["loss"] = total_loss(losses, counts, weights)
     return losses
 
 
@@ -136,19 +145,18 @@ def _branch_terms(
     outputs: dict[str, torch.Tensor],
     branch: str,
     matches: list[Match],
-    targets: Targets,
     objects: torch.Tensor,
+    keep: torch.Tensor,
     counts: dict[str, int],
     classify: Callable[..., torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Box, classification and (but for the one-to-many branch) presence terms of every layer."""
-    keep = torch.tensor([len(t["boxes_cxcywh"]) > 0 for t in targets], device=objects.device)
-    keep, named, last = keep.float(), {}, len(matches) - 1
+    named, last = {}, len(matches) - 1
     for layer, match in enumerate(matches):
         logits = outputs[branch + "logits"][layer].float()
         boxes = outputs[branch + "boxes_cxcywh"][layer].float()
         terms = _box_terms(boxes, objects, match, counts)
-        terms["loss_ce"] = classify(logits, boxes, objects, match, keep)
+        terms["loss_ce"] = classify(logits, boxes, objects, match)
         if not branch:
             terms["presence_loss"] = _presence(outputs["presence"][layer].float(), keep, counts)
         name = ("" if layer == last else f"_aux_{layer}") + ("_o2m" if branch else "")
@@ -162,138 +170,13 @@ def total_loss(
     weights: Mapping[str, float] = WEIGHTS,
 ) -> torch.Tensor:
     """sqrt(B) times the weighted sum of the terms; B is the number of rows in the whole step."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=next(iter(losses.values())).device)
     for name, value in losses.items():
         term = name.split("_aux_")[0].removesuffix("_o2m")
         if term in weights:
             weight = weights[term] * (ONE_TO_MANY_WEIGHT if name.endswith("_o2m") else 1.0)
-            total = total.to(value.device) + weight * value
+            total = total + weight * value
     return math.sqrt(max(counts["rows"], 1)) * total
-
-
-def _match_layers(
-    outputs: dict[str, torch.Tensor], targets: Targets, from_scratch: bool
-) -> dict[str, list[Match]]:
-    """Matches of every layer of both branches, keyed by the branch's prefix in `outputs`."""
-    layers = outputs["logits"].shape[0]
-    logits, boxes = outputs["logits"], outputs["boxes_cxcywh"]
-    if "o2m_logits" not in outputs:
-        return {"": hungarian_match(logits, boxes, targets)}
-    # One stack, so that the costs of all layers travel to the CPU in one copy.
-    wanted = slice(None) if from_scratch else slice(0, -1)
-    logits = torch.cat([logits, outputs["o2m_logits"][wanted]])
-    boxes = torch.cat([boxes, outputs["o2m_boxes_cxcywh"][wanted]])
-    matches = hungarian_match(logits, boxes, targets)
-    last = one_to_many_match(outputs["o2m_logits"][-1], outputs["o2m_boxes_cxcywh"][-1], targets)
-    if from_scratch:
-        both = torch.cat([torch.stack(matches.pop()), torch.stack(last)], dim=1)
-        last = tuple(both.unique(dim=1))
-    return {"": matches[:layers], "o2m_": [*matches[layers:], last]}
-
-
-@torch.no_grad()
-def hungarian_match(
-    logits: torch.Tensor, boxes_cxcywh: torch.Tensor, targets: Targets
-) -> list[Match]:
-    """One query for each target, of least cost 5 L1 + 2 focal classification - 2 GIoU.
-
-    Args:
-        logits: (M,B,Q), M layers.
-        boxes_cxcywh: (M,B,Q,4) in 0 to 1.
-        targets: B dicts with `boxes_cxcywh` (G,4). With G > Q the best Q targets are matched.
-
-    Returns:
-        M matches; rows ascend, targets are counted through all rows. Source:
-        BinaryHungarianMatcherV2.
-    """
-    logits, boxes = logits.float(), boxes_cxcywh.float()
-    sizes = [len(t["boxes_cxcywh"]) for t in targets]
-    padded = boxes.new_zeros(len(targets), max(sizes, default=0), 4)
-    for row, target in enumerate(targets):
-        padded[row, : sizes[row]] = target["boxes_cxcywh"].to(boxes)
-    p = logits.sigmoid()
-    positive = -FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * F.logsigmoid(logits)
-    negative = -(1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * F.logsigmoid(-logits)
-    cost = (
-        COST_BBOX * torch.cdist(boxes, padded[None].expand(boxes.shape[0], -1, -1, -1), p=1)
-        + COST_CLASS * (positive - negative)[..., None]
-        - COST_GIOU * pairwise_giou(boxes, padded[None])[1]
-    )  # (M,B,Q,G)
-    # A cost that is not a number would stop scipy; the loss itself reports it with its terms.
-    cost = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
-    matches = []
-    for layer in cost:
-        triples, offset = [], 0
-        for row, size in enumerate(sizes):
-            query, target = linear_sum_assignment(layer[row, :, :size])
-            triples += [(row, int(q), offset + int(t)) for q, t in zip(query, target, strict=True)]
-            offset += size
-        table = torch.tensor(triples, dtype=torch.long).reshape(-1, 3).to(logits.device)
-        matches.append((table[:, 0], table[:, 1], table[:, 2]))
-    return matches
-
-
-@torch.no_grad()
-def one_to_many_match(logits: torch.Tensor, boxes_cxcywh: torch.Tensor, targets: Targets) -> Match:
-    """Up to 4 queries for each target: the best by 0.3 p + 0.7 IoU, if that is above 0.4.
-
-    Args:
-        logits: (B,Q).
-        boxes_cxcywh: (B,Q,4) in 0 to 1.
-        targets: B dicts with `boxes_cxcywh` (G,4).
-
-    Returns:
-        A match; one query may serve two targets. Source: BinaryOneToManyMatcher.
-    """
-    rows, queries, objects = [], [], []
-    offset = 0
-    for row, target in enumerate(targets):
-        wanted = target["boxes_cxcywh"].to(boxes_cxcywh).float()
-        if len(wanted):
-            iou = pairwise_giou(boxes_cxcywh[row].float(), wanted)[0]  # (Q,G)
-            score = O2M_ALPHA * logits[row].float().sigmoid()[:, None] + (1 - O2M_ALPHA) * iou
-            floor = torch.quantile(score, max(0.0, 1 - O2M_TOPK / score.shape[0]), dim=0)
-            target_index, query = (
-                ((score > floor) & (score > O2M_THRESHOLD)).t().nonzero(as_tuple=True)
-            )
-            rows.append(torch.full_like(query, row))
-            queries.append(query)
-            objects.append(target_index + offset)
-        offset += len(wanted)
-    if not rows:
-        empty = torch.zeros(0, dtype=torch.long, device=logits.device)
-        return empty, empty, empty
-    return torch.cat(rows), torch.cat(queries), torch.cat(objects)
-
-
-def to_xyxy(boxes_cxcywh: torch.Tensor) -> torch.Tensor:
-    """(...,4) centre and size to corners."""
-    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
-
-
-def pairwise_giou(
-    a_cxcywh: torch.Tensor, b_cxcywh: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """IoU and generalised IoU of every pair: (...,N,4) and (...,G,4) to two (...,N,G)."""
-    return _giou(to_xyxy(a_cxcywh)[..., :, None, :], to_xyxy(b_cxcywh)[..., None, :, :])
-
-
-def _giou(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """IoU and generalised IoU of broadcast corner boxes (...,4)."""
-    area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
-    area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(
-        0
-    )
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(0)
-    intersection, hull_area = overlap.prod(-1), hull.prod(-1)
-    union = area_a + area_b - intersection
-    # Padding boxes have no area; the smallest normal number keeps 0 / 0 away and changes nothing
-    # else.
-    tiny = torch.finfo(union.dtype).tiny
-    iou = intersection / union.clamp(min=tiny)
-    return iou, iou - (hull_area - union) / hull_area.clamp(min=tiny)
 
 
 def _box_terms(
@@ -303,7 +186,7 @@ def _box_terms(
     rows, queries, index = match
     predicted, wanted = boxes[rows, queries], objects[index]
     number = max(counts["targets"], 1)
-    giou = _giou(to_xyxy(predicted), to_xyxy(wanted))[1]
+    giou = box_iou(to_xyxy(predicted), to_xyxy(wanted))[1]
     return {
         "loss_bbox": (predicted - wanted).abs().sum() / number,
         "loss_giou": (1 - giou).sum() / number,
@@ -326,7 +209,7 @@ def _classification(
     """
     rows, queries, index = match
     p = logits.sigmoid()
-    iou = _giou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0]
+    iou = box_iou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0]
     goal = p[rows, queries] ** TARGET_ALPHA * iou ** (1 - TARGET_ALPHA)
     number = max(counts["rows"], 1) * logits.shape[1]
     if from_scratch:
@@ -347,36 +230,53 @@ def _presence(presence: torch.Tensor, keep: torch.Tensor, counts: dict[str, int]
     return 0.5 * loss / max(counts["rows"], 1)
 
 
+def _all_mask_terms(
+    outputs: dict[str, torch.Tensor],
+    targets: Targets,
+    matches: Matches,
+    counts: dict[str, int],
+    mask_loss: str,
+) -> dict[str, torch.Tensor]:
+    """Terms of the last layer's masks in both branches, and of the semantic map."""
+    device = outputs["semantic"].device
+    # Once for all terms, and of the rows that have any.
+    masks = [
+        to_device(t["masks"], device) if t["has_mask"].numpy().any() else None for t in targets
+    ]
+    named = _semantic(outputs["semantic"].float(), targets, masks, counts)
+    for branch, layers in matches.items():
+        terms = _mask_terms(outputs, branch, targets, masks, layers[-1], counts, mask_loss)
+        named |= {name + "_o2m" * bool(branch): value for name, value in terms.items()}
+    return named
+
+
 def _mask_terms(
     outputs: dict[str, torch.Tensor],
     branch: str,
     targets: Targets,
-    match: Match,
+    masks: list[torch.Tensor | None],
+    match: np.ndarray,
     counts: dict[str, int],
     mask_loss: str,
 ) -> dict[str, torch.Tensor]:
     """Focal and dice loss of the matched masks, summed over the step's number of targets."""
-    rows, queries, index = match
     embed, pixels = outputs[branch + "mask_embed"], outputs["pixel_embed"]
     # A zero with a gradient: rows without an object still reach every adapter.
     zero = 0.0 * (embed.sum() + pixels[..., 0, 0].float().sum())
     sums = torch.stack([zero, zero, zero.detach()])
     # Indexing row by row would fill a gradient of the whole tensor with zeros for each of them.
     embed, pixels = embed.unbind(), pixels.unbind()
-    offset = 0
-    for row, target in enumerate(targets):
-        here = (rows == row).nonzero(as_tuple=True)[0]
-        local = index[here] - offset
-        offset += len(target["has_mask"])
-        kept = target["has_mask"][local]
-        here, local = here[kept], local[kept]
-        for part in range(0, len(here), MASKS_AT_ONCE):
-            group = slice(part, part + MASKS_AT_ONCE)
-            query, masks = embed[row][queries[here[group]]], target["masks"][local[group]]
-            # Recomputed in the backward pass: a mask at 1008 pixels would keep 37 MB until then.
-            sums = sums + checkpoint(
-                _mask_sums, query, pixels[row], masks, mask_loss, use_reentrant=False
-            )
+    has_mask = np.concatenate([t["has_mask"].numpy() for t in targets])
+    rows, queries, index = match[:, has_mask[match[2]]]
+    first = np.cumsum([0, *(len(t["has_mask"]) for t in targets)])  # of each row's targets
+    pairs = to_device(torch.from_numpy(np.stack([queries, index - first[rows]])), zero.device)
+    for row in np.unique(rows):
+        start, stop = np.searchsorted(rows, [row, row + 1])
+        for query, target in pairs[:, start:stop].split(MASKS_AT_ONCE, dim=1):
+            own = embed[row][query].to(pixels[row].dtype)
+            logits = torch.einsum("mc,chw->mhw", own, pixels[row]).float()
+            found = _MaskLosses.apply(logits, masks[row][target], mask_loss, FOCAL_ALPHA)
+            sums = sums + torch.stack([value.sum() for value in found])
     focal, dice, iou = sums / max(counts["targets"], 1)
     terms = {"loss_mask": focal, "loss_dice": dice}
     if not branch and counts["masked_targets"]:
@@ -384,15 +284,69 @@ def _mask_terms(
     return terms
 
 
-def _mask_sums(
-    query: torch.Tensor, pixels: torch.Tensor, masks: torch.Tensor, mask_loss: str
-) -> torch.Tensor:
-    """Sums (3,) of focal loss, dice loss and IoU of queries (m,C) with masks (m,S,S)."""
-    logits = torch.einsum("mc,chw->mhw", query.to(pixels.dtype), pixels).float()
-    resized, goal = _same_size(logits, masks, mask_loss)
-    focal = sigmoid_focal(resized, goal, FOCAL_ALPHA).mean(-1).sum()
-    iou = _mask_iou(logits.detach(), masks).sum()
-    return torch.stack([focal, dice_loss(resized, goal).sum(), iou])
+class _MaskLosses(torch.autograd.Function):
+    """Focal loss, dice loss and IoU (m,) of logits (m,h,w) with masks (m,S,S).
+
+    The forward pass takes the gradients as well, each a map of h x w. Autograd would keep a dozen
+    maps of S x S, 37 MB a mask at 1008 pixels, or make them twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, masks: torch.Tensor, mask_loss: str, alpha: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        leaf = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            resized, goal = _same_size(leaf, masks, mask_loss)
+        flat = resized.detach()
+        focal, dice, slopes = focal_and_dice(flat, goal, alpha)
+        if ctx.needs_input_grad[0]:
+            back = partial(torch.autograd.grad, resized, leaf, retain_graph=True)
+            ctx.save_for_backward(*(back(slope)[0] for slope in slopes))
+        drawn = flat if mask_loss == "full" else _upsample(logits, masks.shape[-2:]).flatten(1)
+        iou = _mask_iou(drawn > 0, masks.flatten(1))
+        ctx.mark_non_differentiable(iou)
+        return focal, dice, iou
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, focal: torch.Tensor, dice: torch.Tensor, _: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        of_focal, of_dice = ctx.saved_tensors
+        gradient = focal[:, None, None] * of_focal + dice[:, None, None] * of_dice
+        return gradient, None, None, None
+
+
+def focal_and_dice(
+    logits: torch.Tensor, target: torch.Tensor, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Focal loss, gamma 2 (arXiv:1708.02002), mean over pixels, and dice loss, of masks.
+
+        focal = mean of w e^2 BCE(x, t)     w = alpha t + (1 - alpha)(1 - t),  e = p + t - 2 p t
+        dice = 1 - (2 sum(p t) + 1) / (sum p + sum t + 1)
+
+    Args:
+        logits: x (m,P) fp32, p = sigmoid(x).
+        target: t (m,P) fp32, 0 to 1.
+        alpha: weight of foreground pixels.
+
+    Returns:
+        The two losses, each (m,), and the gradient (m,P) of each by the logits.
+    """
+    p = logits.sigmoid()
+    slope = p * (1 - p)
+    both = p * target
+    top = 2 * both.sum(-1, keepdim=True) + 1
+    bottom = p.sum(-1, keepdim=True) + target.sum(-1, keepdim=True) + 1
+    dice_slope = slope * (top / bottom**2 - target * (2 / bottom))
+    error = p + target - 2 * both
+    ce = F.softplus(logits) - logits * target
+    weight = target * (2 * alpha - 1) + (1 - alpha)
+    weighted = weight * error / logits.shape[-1]  # the mean's share is in it
+    focal = weighted * error * ce
+    focal_slope = weighted * (2 * (1 - 2 * target) * slope * ce + error * (p - target))
+    return focal.sum(-1), (1 - top / bottom)[:, 0], (focal_slope, dice_slope)
 
 
 def _same_size(
@@ -411,7 +365,8 @@ def _same_size(
 
 def _upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bilinear resize of (m,h,w) in fp32."""
-    return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    # As channels of one image: backwards three times as fast on a CPU as m images.
+    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 @torch.no_grad()
@@ -434,44 +389,30 @@ def _sample(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0, :, 0]
 
 
-def sigmoid_focal(logits: torch.Tensor, target: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Focal loss of every element, gamma 2; same shape as `logits`. Source: arXiv:1708.02002."""
-    p = logits.sigmoid()
-    error = p * (1 - target) + (1 - p) * target
-    weight = alpha * target + (1 - alpha) * (1 - target)
-    ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return weight * error**FOCAL_GAMMA * ce
-
-
-def dice_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 - (2 sum(p t) + 1) / (sum p + sum t + 1) over the last axis: (m,P) to (m,)."""
-    p = logits.sigmoid()
-    return 1 - (2 * (p * target).sum(-1) + 1) / (p.sum(-1) + target.sum(-1) + 1)
-
-
 def _semantic(
-    semantic: torch.Tensor, targets: Targets, counts: dict[str, int]
+    semantic: torch.Tensor,
+    targets: Targets,
+    masks: list[torch.Tensor | None],
+    counts: dict[str, int],
 ) -> dict[str, torch.Tensor]:
     """Focal and dice loss of the semantic map against the union of masks, mean over positive
     rows."""
     focal = dice = 0.0 * semantic[:, 0, 0].sum()
     number = max(counts["semantic_rows"], 1)
-    for prediction, target in zip(semantic.unbind(), targets, strict=True):
+    for prediction, target, own in zip(semantic.unbind(), targets, masks, strict=True):
         if not _knows_union(target):
             continue
-        union = target["masks"].any(0)
-        logits = _upsample(prediction[None], union.shape).flatten(1)
-        goal = union.flatten()[None].float()
-        focal = focal + sigmoid_focal(logits, goal, SEMANTIC_ALPHA).mean() / number
-        dice = dice + dice_loss(logits, goal).sum() / number
+        union = own.any(0, keepdim=True)
+        terms = _MaskLosses.apply(prediction[None], union, "full", SEMANTIC_ALPHA)
+        focal = focal + terms[0].sum() / number
+        dice = dice + terms[1].sum() / number
     return {"loss_semantic_seg": focal, "loss_semantic_dice": dice}
 
 
-def _mask_iou(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """IoU (m,) of predictions (m,h,w), at logit 0, with targets (m,S,S), at the targets' size."""
-    predicted = _upsample(logits, masks.shape[-2:]) > 0
-    both = (predicted & masks).flatten(1).sum(1).float()
-    return both / (predicted | masks).flatten(1).sum(1).clamp(min=1)
+def _mask_iou(drawn: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """IoU (m,) of boolean masks (m,P)."""
+    both = (drawn & masks).sum(1).float()
+    return both / (drawn | masks).sum(1).clamp(min=1)
 
 
 def _matched_box_iou(
@@ -480,5 +421,5 @@ def _matched_box_iou(
     """Sum of the last layer's matched boxes' IoU over the step's number of targets."""
     rows, queries, index = match
     boxes = outputs["boxes_cxcywh"][-1].detach().float()
-    iou = _giou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0]
+    iou = box_iou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0]
     return iou.sum() / max(counts["targets"], 1)

@@ -21,6 +21,8 @@ from lora_layers import LoRALinear
 
 log = logging.getLogger(__name__)
 
+# Tokens of a prompt; CLIP's text encoder has this many positions (transformers processing_sam3.py).
+CONTEXT_LENGTH = 32
 # Characters of a library's error in ours.
 MAX_REASON = 160
 
@@ -90,6 +92,26 @@ def load_tokenizer(name: str) -> Any:
         # Without its files the library makes a tokenizer that knows no word.
         raise ModelError(f"{name}: expected a tokenizer, found no tokenizer.json; get a full copy")
     return tokenizer
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of prompts, cut at 32 tokens as Meta does.
+
+    Args:
+        tokenizer: CLIP's, which lower-cases.
+        texts: U prompts.
+
+    Returns:
+        input_ids (U, 32) long, attention_mask (U, 32) long with 1 for a token and 0 for padding.
+    """
+    encoded = tokenizer(
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=CONTEXT_LENGTH,
+        return_tensors="pt",
+    )
+    return encoded["input_ids"], encoded["attention_mask"]
 
 
 def _refuse_other_formats(name: str) -> None:

@@ -4,7 +4,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.autograd.profiler import profile
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What reads of values come down to; a boolean index calls nonzero.
+READS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
+READS = {f"aten::{name}" for name in READS | {"_unique2", "unique_dim", "unique_consecutive"}}
 
 torch.set_num_threads(1)
 
@@ -65,6 +71,23 @@ def loaded(tiny_model_dir: Path) -> tuple[Any, Any]:
         for parameter in module.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model, tokenizer
+
+
+@contextmanager
+def _value_reads() -> Iterator[list[str]]:
+    """Lists, when it ends, each operation within that read a tensor's values for a number or a
+    shape: a GPU would have been waited for."""
+    found: list[str] = []
+    # Not a TorchDispatchMode, under which some gradients go other ways, those of `prod` for one.
+    with profile() as profiler:
+        yield found
+    found += [event.name for event in profiler.function_events if event.name in READS]
+
+
+@pytest.fixture(scope="session")
+def value_reads() -> Callable[[], AbstractContextManager[list[str]]]:
+    """Finds reads of values: `with value_reads() as found:`."""
+    return _value_reads
 
 
 @pytest.fixture(scope="session")

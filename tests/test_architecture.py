@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "tiles": {"coco"},
     "dataset": {"coco", "tiles"},
     "loader": {"dataset", "images"},
+    "losses": {"matching"},
     "metrics": {"coco"},
     "forward": {"model"},
     "evaluation": {"lora_layers", "checkpoint", "coco", "engine", "forward", "metrics", "model"},

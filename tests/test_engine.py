@@ -1,25 +1,20 @@
-"""The batch loop: schedules, equal steps however a batch is cut, clipping, what stops it."""
+"""The batch loop: equal steps however a batch is cut, clipping, what stops it."""
 
 import math
-import random
+import weakref
 from copy import deepcopy
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from lora_layers import COMPONENTS, LoRAConfig, apply_lora, lora_modules, lora_state_dict
 from sam3_lora.engine import (
+    Limits,
     LossError,
+    _split,
     build_optimizer,
     evaluate,
-    lr_factor,
-    mean_record,
-    memory_use,
-    progress_text,
-    seed_everything,
     train_one_epoch,
 )
 from sam3_lora.forward import Forward
@@ -30,41 +25,6 @@ ROWS = [("cat", 2), ("a red bus", 0), ("dog", 1), ("cat", 0), ("bolt", 3), ("a r
 IMAGE_OF_ROW = [0, 0, 0, 1, 1, 2]
 IMAGE_IDS = [11, 12, 13]
 DETR_AND_VISION = ("vision_encoder", "detr_encoder", "detr_decoder")
-
-
-# The learning rate --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        # at step 0, 4, 9 (end of a warm-up of 10), 10, 60 (half-way), 109, 110 (the end)
-        ("cosine", [0.1, 0.5, 1, 1, 0.5, (1 + math.cos(0.99 * math.pi)) / 2, 0]),
-        ("linear", [0.1, 0.5, 1, 1, 0.5, 0.01, 0]),
-        ("constant", [0.1, 0.5, 1, 1, 1, 1, 1]),
-        ("inverse_sqrt", [0, 0.4, 0.9, 1, 6**-0.5, 10.9**-0.5 / 10, 0]),
-    ],
-)
-def test_schedules(schedule, expected):
-    steps = (0, 4, 9, 10, 60, 109, 110)
-    found = [lr_factor(schedule, step, 110, 10) for step in steps]
-    assert found == pytest.approx(expected, abs=1e-9)
-
-
-def test_inverse_sqrt_is_metas():
-    total, timescale = 1000, 20
-    for step in range(total + 1):
-        meta = min(1, step / 20) / math.sqrt(max(step, 20) / 20) * min(1, (total - step) / 20)
-        assert lr_factor("inverse_sqrt", step, total, timescale) == pytest.approx(meta, abs=1e-12)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "inverse_sqrt"])
-@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (5, 0), (5, 5), (3, 10)])
-def test_short_runs_have_a_rate_from_0_to_1(schedule, total, warmup):
-    found = [lr_factor(schedule, step, total, warmup) for step in range(total + 2)][:total]
-    assert all(0 <= rate <= 1 for rate in found)
-    if schedule != "inverse_sqrt":
-        assert found[0] > 0  # no step is lost
 
 
 # A step -------------------------------------------------------------------------------------------
@@ -120,10 +80,13 @@ def train(forward, batches, optimizer=None, criterion=CRITERION, **options):
     optimizer = optimizer or torch.optim.SGD(
         [p for p in forward.model.parameters() if p.requires_grad], lr=1.0
     )
-    options = {"max_grad_norm": 0.0, "factor": lambda step: 1.0} | options
-    factor = options.pop("factor")
+    options = {"max_grad_norm": 0.0, "factor": lambda step: 1.0, "max_rows": 32} | options
+    factor, limits = options.pop("factor"), Limits(3, options.pop("max_rows"))
+    limits = options.pop("limits", limits)
     return list(
-        train_one_epoch(forward, criterion, count_targets, batches, optimizer, factor, **options)
+        train_one_epoch(
+            forward, criterion, count_targets, batches, optimizer, factor, limits, **options
+        )
     )
 
 
@@ -288,6 +251,17 @@ def test_gradients_are_clipped_to_their_norm(loaded):
     assert norm(loose) == pytest.approx(norm(free), rel=1e-4)
 
 
+def test_a_step_reads_no_more_values_than_its_forward(loaded, value_reads):
+    """A GPU would be waited for at each; the record's one copy is not among them on a CPU."""
+    forward, batch = adapted(loaded, COMPONENTS), make_batch([0, 1, 2])
+    forward(batch)  # what is read but once
+    with value_reads() as expected:
+        forward(batch)
+    with value_reads() as found:
+        train(forward, [batch])
+    assert found == expected
+
+
 # What stops it ------------------------------------------------------------------------------------
 
 
@@ -317,6 +291,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(loaded):
         [make_batch([1]), make_batch([0, 2])],
         optimizer,
         lambda step: 1.0,
+        Limits(3, 32),
         step=40,
     )
     next(records)
@@ -362,6 +337,110 @@ def test_a_gradient_scaler_changes_nothing_and_skips_what_overflows(loaded, whol
     assert all(float(v.abs().max()) == 0 for v in updates(forward, before).values())
 
 
+# Memory -------------------------------------------------------------------------------------------
+
+
+class SmallMemory:
+    """A forward on a device that holds so many images and rows; keeps an eye on what it returns."""
+
+    def __init__(self, forward, images, rows):
+        self.forward, self.model, self.images, self.rows = forward, forward.model, images, rows
+        self.tried, self.returned = [], []
+
+    def encode(self, batch):
+        return self._check("images", len(batch["images"]), self.forward.encode(batch))
+
+    def predict(self, features, batch, rows):
+        count = len(batch["texts"][rows])
+        return self._check("rows", count, self.forward.predict(features, batch, rows))
+
+    def _check(self, what, count, outputs):
+        if what == "images" and self.tried and self.tried[-1][2]:
+            assert all(value() is None for value in self.returned)  # freed before the next try
+        self.returned += [weakref.ref(value) for value in outputs.values()]
+        self.tried.append((what, count, count > getattr(self, what)))
+        if self.tried[-1][2]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return outputs
+
+
+def parts_tried(forward):
+    return [(what, count) for what, count, _ in forward.tried]
+
+
+@pytest.mark.parametrize(("images", "rows"), [(1, 32), (3, 2), (1, 1), (2, 1)])
+def test_out_of_memory_takes_the_same_step_in_parts(loaded, whole_step, caplog, images, rows):
+    forward = adapted(loaded)
+    before = lora_state_dict(forward.model)
+    forward = SmallMemory(forward, images, rows)
+    (record,) = train(forward, [make_batch([0, 1, 2])], max_grad_norm=0.1)
+    assert_same_step((updates(forward, before), record), whole_step)
+    assert len(caplog.messages) == 1 and "out of memory" in caplog.text
+
+
+def test_smaller_parts_last(loaded, caplog):
+    forward = SmallMemory(adapted(loaded), images=3, rows=2)
+    limits = Limits(images=4, rows=8)
+    train(forward, [make_batch([0, 1]), make_batch([2])], accumulation=2, limits=limits)
+    # 5 rows of two images do not fit: the step again, one image and two rows at a time.
+    first = [("images", 2), ("rows", 5), ("images", 1), ("rows", 2), ("rows", 1)]
+    first += [("images", 1), ("rows", 2), ("images", 1), ("rows", 1)]
+    assert parts_tried(forward) == first
+    assert limits == Limits(images=1, rows=2)
+    (message,) = caplog.messages
+    assert "--max_rows_per_forward 2 --batch_size 1," in message
+    forward.tried.clear()
+    for _ in range(2):  # epochs
+        train(forward, [make_batch([1, 2])], limits=limits)
+    assert parts_tried(forward) == 2 * [("images", 1), ("rows", 2), ("images", 1), ("rows", 1)]
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(("images", "rows"), [(0, 32), (3, 0)])
+def test_out_of_memory_with_one_image_and_one_row_stops(loaded, caplog, images, rows):
+    forward = adapted(loaded)
+    before = lora_state_dict(forward.model)
+    forward = SmallMemory(forward, images, rows)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(forward, [make_batch([0, 1, 2])])
+    assert parts_tried(forward)[-1] in (("images", 1), ("rows", 1))
+    assert all(float(v.abs().max()) == 0 for v in updates(forward, before).values())
+    assert caplog.messages == []
+
+
+def test_parts_keep_what_is_of_an_image_and_what_is_of_a_row():
+    batch = make_batch([0, 1, 2]) | {"trunk": torch.arange(3.0), "box_prompt_labels": None}
+    batch["box_prompts_cxcywh"] = torch.arange(24.0).reshape(6, 1, 4)
+    first, second = _split(batch, 2)
+    assert first.keys() == second.keys() == batch.keys()
+    assert [len(p["images"]) for p in (first, second)] == [2, 1]
+    assert second["image_ids"] == [13] and second["original_sizes"] == [(SIZE, SIZE)]
+    assert second["trunk"].tolist() == [2] and second["box_prompt_labels"] is None
+    assert first["texts"] + second["texts"] == batch["texts"]
+    assert first["image_index"].tolist() == [0, 0, 0, 1, 1] and second["image_index"].tolist() == [
+        0
+    ]
+    assert torch.equal(second["box_prompts_cxcywh"], batch["box_prompts_cxcywh"][5:])
+    assert second["targets"][0] is batch["targets"][5]
+    assert list(_split(batch, 3)) == [batch]
+
+
+def test_evaluation_out_of_memory_goes_on_with_fewer_rows(loaded, caplog):
+    batches = [make_batch([0, 1]), make_batch([2])]
+    whole = list(evaluate(adapted(loaded), CRITERION, count_targets, batches))
+    forward = SmallMemory(adapted(loaded), images=3, rows=2)
+    sums = {}
+    for chunk in evaluate(forward, CRITERION, count_targets, batches):
+        if chunk["batch"] is batches[0]:
+            sums = {k: sums.get(k, 0.0) + v for k, v in chunk["losses"].items()}
+    for name, value in whole[0]["losses"].items():
+        assert sums[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    rows = [("rows", count) for count in (5, 2, 2, 1)]
+    assert parts_tried(forward) == [("images", 2), *rows, ("images", 1), ("rows", 1)]
+    assert len(caplog.messages) == 1 and "--max_rows_per_forward 2" in caplog.text
+    assert "--batch_size" not in caplog.text
+
+
 # Evaluation ---------------------------------------------------------------------------------------
 
 
@@ -385,56 +464,3 @@ def test_evaluation_chunks_sum_to_the_unsplit_loss(loaded):
     for name, value in whole[0]["losses"].items():
         assert sums[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     assert sums["loss"] > 1
-
-
-# Optimizer, seeds, memory -------------------------------------------------------------------------
-
-
-def test_only_matrices_decay():
-    model = nn.ModuleDict(
-        {"a": nn.Linear(3, 2), "norm": nn.LayerNorm(2), "frozen": nn.Linear(2, 2)}
-    )
-    model["frozen"].requires_grad_(False)
-    optimizer = build_optimizer(model, 1e-3, 0.05)
-    assert isinstance(optimizer, torch.optim.AdamW)
-    decayed, plain = optimizer.param_groups
-    assert [id(p) for p in decayed["params"]] == [id(model["a"].weight)]
-    assert {id(p) for p in plain["params"]} == {
-        id(p) for p in model.parameters() if p.ndim == 1
-    } - {id(model["frozen"].bias)}
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
-    assert decayed["lr"] == plain["lr"] == 1e-3
-
-
-def test_seeding():
-    drawn = []
-    for seed in (5, 5, 6):
-        seed_everything(seed)
-        drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
-    assert drawn[0] == drawn[1]
-    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
-
-
-def test_memory_of_the_process():
-    peak, total = memory_use(torch.device("cpu"))
-    assert 0.05 < peak < total < 1e5
-
-
-# The log's line -----------------------------------------------------------------------------------
-
-
-def test_the_logs_line_is_the_mean_of_its_steps():
-    objects, none = {"targets": 3}, {"targets": 0}
-    records = []
-    for step, loss, iou, counts in ((5, 2.0, 0.5, objects), (6, 4.0, 0.0, none)):
-        record = {"step": step, "loss": loss, "loss_ce": loss / 4, "loss_ce_aux_0": 9.0}
-        record |= {"iou": iou, "lr": step / 10, "images": 3, "counts": counts, "seconds": 0.5}
-        records.append(record)
-    row = mean_record(records, torch.device("cpu"))
-    assert (row["step"], row["loss"], row["loss_ce"]) == (6, 3.0, 0.75)
-    assert row["train_iou"] == 0.5  # a step without objects has none
-    assert row["lr"] == 0.6 and not {"loss_ce_aux_0", "images", "seconds"} & set(row)
-    assert (row["it_per_s"], row["img_per_s"]) == (2.0, 6.0)
-    text = progress_text(row)
-    assert text.startswith("loss 3.000, lr 6.00e-01, 2.00 it/s, 6.0 img/s")
-    assert "train IoU 0.500" in text

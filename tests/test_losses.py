@@ -10,14 +10,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss as library_focal
 
-from sam3_lora.losses import (
-    compute_losses,
-    count_targets,
-    hungarian_match,
-    one_to_many_match,
-    pairwise_giou,
-    total_loss,
-)
+from sam3_lora.losses import compute_losses, count_targets, total_loss
+from sam3_lora.matching import box_iou, match_queries, to_xyxy
 
 GOLDEN = Path(__file__).parent / "golden" / "meta_loss.npz"
 LAYERS, QUERIES, CHANNELS, SIDE, CANVAS = 3, 8, 5, 12, 48
@@ -92,15 +86,20 @@ def test_every_term_equals_metas(golden, case, pos_weight, terms):
         assert both == pytest.approx(core + float(own), rel=1e-5)
 
 
+def match(outputs, targets):
+    """`match_queries` of target dicts."""
+    boxes = [t["boxes_cxcywh"] for t in targets]
+    return match_queries(outputs, torch.cat(boxes), [len(b) for b in boxes])
+
+
 def test_matches_equal_metas(golden):
     outputs, targets = golden_inputs(golden, masks=False)
-    rows, queries, objects = hungarian_match(outputs["logits"], outputs["boxes_cxcywh"], targets)[2]
+    matches = match(outputs, targets)
+    rows, queries, objects = matches[""][2]
     assert rows.tolist() == golden["o2o_rows"].tolist()
     assert queries.tolist() == golden["o2o_queries"].tolist()
     assert objects.tolist() == list(range(8))
-    rows, queries, objects = one_to_many_match(
-        outputs["o2m_logits"][-1], outputs["o2m_boxes_cxcywh"][-1], targets
-    )
+    rows, queries, objects = matches["o2m_"][2]
     assert rows.tolist() == golden["o2m_rows"].tolist()
     assert queries.tolist() == golden["o2m_queries"].tolist()
     assert objects.tolist() == golden["o2m_targets"].tolist()
@@ -275,9 +274,7 @@ def test_mixed_rows_take_masks_where_they_are():
     counts = count_targets(targets)
     assert counts == {"targets": 5, "masked_targets": 2, "rows": 3, "semantic_rows": 1}
     losses = compute_losses(outputs, targets, counts)
-    rows, queries, objects = hungarian_match(outputs["logits"], outputs["boxes_cxcywh"], targets)[
-        -1
-    ]
+    rows, queries, objects = match(outputs, targets)[""][-1]
     dice, focal = 0.0, 0.0
     for row, query, index in zip(rows.tolist(), queries.tolist(), objects.tolist(), strict=True):
         local = index - [0, 2, 4][row]
@@ -301,7 +298,7 @@ def test_mixed_rows_take_masks_where_they_are():
 def test_more_targets_than_queries_match_every_query():
     targets = random_targets([QUERIES + 3, 1])
     outputs = random_outputs(2)
-    rows, queries, objects = hungarian_match(outputs["logits"], outputs["boxes_cxcywh"], targets)[0]
+    rows, queries, objects = match(outputs, targets)[""][0]
     first = rows == 0
     assert sorted(queries[first].tolist()) == list(range(QUERIES))
     assert len(set(objects[first].tolist())) == QUERIES
@@ -414,13 +411,12 @@ def test_classification_gradients():
         losses["loss_ce"], [outputs["boxes_cxcywh"], outputs["logits"]], allow_unused=True
     )
     assert boxes_grad is None or float(boxes_grad.abs().max()) == 0
-    _, queries, objects = hungarian_match(outputs["logits"], outputs["boxes_cxcywh"], targets)[-1]
+    _, queries, objects = match(outputs, targets)[""][-1]
     x = outputs["logits"][-1, 0].detach().double()
     p = x.sigmoid()
     expected = 2 * p * p * (1 - p) * F.softplus(x) + p**3
-    iou = pairwise_giou(
-        outputs["boxes_cxcywh"][-1, 0, queries].detach(), targets[0]["boxes_cxcywh"][objects]
-    )[0].diagonal()
+    found, wanted = outputs["boxes_cxcywh"][-1, 0, queries], targets[0]["boxes_cxcywh"][objects]
+    iou = box_iou(to_xyxy(found.detach()), to_xyxy(wanted))[0]
     wanted = (p[queries] ** 0.25 * iou.double() ** 0.75).clamp(min=0.01)
     expected[queries] = 7.0 * (p[queries] - wanted)
     torch.testing.assert_close(grad[-1, 0].double(), expected / QUERIES, rtol=1e-4, atol=1e-7)
@@ -454,11 +450,10 @@ def test_iou_is_that_of_the_matched_boxes_without_masks():
     targets = random_targets([2, 0, 1], [False] * 3)
     outputs = random_outputs(3, masks=False, targets=targets)
     losses = compute_losses(outputs, targets, count_targets(targets))
-    rows, queries, objects = hungarian_match(outputs["logits"], outputs["boxes_cxcywh"], targets)[
-        -1
-    ]
+    rows, queries, objects = match(outputs, targets)[""][-1]
     wanted = torch.cat([t["boxes_cxcywh"] for t in targets])[objects]
-    iou = pairwise_giou(outputs["boxes_cxcywh"][-1, rows, queries], wanted)[0].diagonal().mean()
+    found = outputs["boxes_cxcywh"][-1, rows, queries]
+    iou = box_iou(to_xyxy(found), to_xyxy(wanted))[0].mean()
     assert float(losses["iou"]) == pytest.approx(float(iou), rel=1e-5)
     assert float(iou) > 0.5
 
@@ -485,3 +480,20 @@ def test_a_query_of_two_objects_has_one_goal():
     assert float(gradients[0][0, 0, 3]) < 0
     torch.testing.assert_close(values[1], values[0])
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_values_are_read_once(monkeypatch, value_reads):
+    """A GPU is waited for where the costs are copied to the CPU, and nowhere else."""
+    targets = random_targets(SIZES, MASKED)
+    targets[2]["has_mask"][1] = False
+    outputs = random_outputs(len(SIZES), targets=targets)
+    copies, copy = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: copies.append(t.shape) or copy(t))
+    with value_reads() as found:
+        counts = count_targets(targets)
+        for mask_loss in ("full", "native", "points"):
+            losses = compute_losses(outputs, targets, counts, mask_loss=mask_loss)
+            losses["loss"].backward()
+    assert found == []
+    # Costs of every layer of both branches, then what the one-to-many matcher chose.
+    assert copies == 3 * [(2 * LAYERS + 1, sum(SIZES), QUERIES)]

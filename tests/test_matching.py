@@ -8,16 +8,8 @@ import torch
 from torchvision.ops import generalized_box_iou
 from torchvision.ops import sigmoid_focal_loss as library_focal
 
-from sam3_lora.losses import (
-    compute_losses,
-    count_targets,
-    dice_loss,
-    hungarian_match,
-    one_to_many_match,
-    pairwise_giou,
-    sigmoid_focal,
-    to_xyxy,
-)
+from sam3_lora.losses import compute_losses, count_targets, focal_and_dice
+from sam3_lora.matching import box_iou, match_queries, to_xyxy
 
 
 def test_box_corners():
@@ -26,47 +18,63 @@ def test_box_corners():
     assert torch.equal(to_xyxy(boxes), expected)
 
 
+def pairwise_iou(a_cxcywh, b_cxcywh):
+    """IoU and generalised IoU of every pair."""
+    return box_iou(to_xyxy(a_cxcywh)[..., :, None, :], to_xyxy(b_cxcywh)[..., None, :, :])
+
+
 def test_giou_equals_the_librarys():
     generator = torch.Generator().manual_seed(0)
     a = torch.rand(3, 40, 4, generator=generator)
     b = torch.rand(3, 25, 4, generator=generator)
-    iou, giou = pairwise_giou(a, b)
+    iou, giou = pairwise_iou(a, b)
     for batch in range(3):
         expected = generalized_box_iou(to_xyxy(a[batch]), to_xyxy(b[batch]))
         torch.testing.assert_close(giou[batch], expected, rtol=1e-5, atol=1e-6)
     assert float(giou.min()) < -0.3 and float(giou.max()) > 0.3
-    same, same_giou = pairwise_giou(a[0], a[0])
+    same, same_giou = pairwise_iou(a[0], a[0])
     torch.testing.assert_close(same.diagonal(), torch.ones(40))
     torch.testing.assert_close(same_giou.diagonal(), torch.ones(40))
     apart = torch.tensor([[0.1, 0.1, 0.2, 0.2]]), torch.tensor([[0.9, 0.9, 0.2, 0.2]])
-    iou, giou = pairwise_giou(*apart)
+    iou, giou = pairwise_iou(*apart)
     assert float(iou) == 0
     assert float(giou) == pytest.approx(-(1 - 2 * 0.04), abs=1e-6)  # a hull of side 1
 
 
 def test_giou_of_boxes_without_area_is_finite():
     points = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).requires_grad_()
-    iou, giou = pairwise_giou(points, torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
+    iou, giou = pairwise_iou(points, torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
     assert float(iou) == 0 and math.isfinite(float(giou))
     giou.sum().backward()
     assert torch.isfinite(points.grad).all()
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.6])
-def test_focal_equals_the_librarys(alpha):
+@pytest.mark.parametrize("fractions", [True, False])
+def test_focal_and_dice_and_their_gradients(alpha, fractions):
     generator = torch.Generator().manual_seed(0)
-    logits = 8 * torch.randn(5, 100, generator=generator)
-    target = torch.rand(5, 100, generator=generator)
-    for goal in (target, (target > 0.5).float()):
+    logits = (8 * torch.randn(5, 100, generator=generator)).requires_grad_()
+    goal = torch.rand(5, 100, generator=generator)
+    goal = goal if fractions else (goal > 0.5).float()
+    p = logits.sigmoid()
+    # The library's, and the dice loss as it is written.
+    wanted = (
+        library_focal(logits, goal, alpha=alpha, gamma=2.0).mean(-1),
+        1 - (2 * (p * goal).sum(-1) + 1) / (p.sum(-1) + goal.sum(-1) + 1),
+    )
+    *found, slopes = focal_and_dice(logits.detach(), goal, alpha)
+    for value, loss, slope in zip(found, wanted, slopes, strict=True):
+        torch.testing.assert_close(value, loss.detach())
         torch.testing.assert_close(
-            sigmoid_focal(logits, goal, alpha), library_focal(logits, goal, alpha=alpha, gamma=2.0)
+            slope, torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
         )
 
 
 def test_dice():
     logits = torch.tensor([[20.0, 20.0, -20.0, -20.0], [-20.0] * 4])
     target = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0] * 4])
-    torch.testing.assert_close(dice_loss(logits, target), torch.tensor([1 - 3 / 5, 0.0]))
+    dice = focal_and_dice(logits, target, 0.25)[1]
+    torch.testing.assert_close(dice, torch.tensor([1 - 3 / 5, 0.0]))
 
 
 def matching_cost(logits, boxes, target):
@@ -89,7 +97,9 @@ def test_hungarian_is_the_best_of_all_assignments(seed):
     targets = [{"boxes_cxcywh": 0.1 + 0.5 * torch.rand(g, 4, generator=generator)} for g in sizes]
     logits = torch.randn(3, 4, 5, generator=generator)
     boxes = 0.1 + 0.5 * torch.rand(3, 4, 5, 4, generator=generator)
-    for layer, (rows, queries, objects) in enumerate(hungarian_match(logits, boxes, targets)):
+    objects = torch.cat([t["boxes_cxcywh"] for t in targets])
+    matches = match_queries({"logits": logits, "boxes_cxcywh": boxes}, objects, sizes)
+    for layer, (rows, queries, objects) in enumerate(matches[""]):
         assert rows.tolist() == sorted(rows.tolist())
         assert sorted(objects.tolist()) == list(range(6))
         for row, size in enumerate(sizes):
@@ -109,12 +119,14 @@ def test_hungarian_is_the_best_of_all_assignments(seed):
 
 def test_one_query_can_serve_two_targets_of_one_to_many():
     target = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.42, 0.4], [0.1, 0.1, 0.1, 0.1]])
-    targets = [{"boxes_cxcywh": torch.tensor([[0.3, 0.3, 0.2, 0.2]])}, {"boxes_cxcywh": target}]
-    logits = torch.full((2, 8), -8.0)
-    boxes = torch.full((2, 8, 4), 0.9)
-    boxes[1, 3] = torch.tensor([0.5, 0.5, 0.41, 0.4])
-    boxes[1, 5] = torch.tensor([0.8, 0.5, 0.41, 0.4])
-    rows, queries, objects = one_to_many_match(logits, boxes, targets)
+    objects = torch.cat([torch.tensor([[0.3, 0.3, 0.2, 0.2]]), target])
+    logits = torch.full((1, 2, 8), -8.0)
+    boxes = torch.full((1, 2, 8, 4), 0.9)
+    boxes[0, 1, 3] = torch.tensor([0.5, 0.5, 0.41, 0.4])
+    boxes[0, 1, 5] = torch.tensor([0.8, 0.5, 0.41, 0.4])
+    shape = {"logits": logits, "boxes_cxcywh": boxes}
+    outputs = {**shape, **{"o2m_" + k: v for k, v in shape.items()}}
+    rows, queries, objects = match_queries(outputs, objects, [1, 3])["o2m_"][-1]
     # Query 5 is among the best 4 of both, and below 0.4; the third target has no query at all.
     assert (rows.tolist(), queries.tolist(), objects.tolist()) == ([1, 1], [3, 3], [1, 2])
 
@@ -142,11 +154,11 @@ def test_from_scratch_classification_is_a_mean_over_targets_with_the_root_of_iou
     counts = count_targets(targets)
     losses = compute_losses(outputs, targets, counts, pos_weight=3.0, from_scratch=True)
     x, p = outputs["logits"][0, 0], outputs["logits"][0, 0].sigmoid()
-    matched = hungarian_match(outputs["logits"], outputs["boxes_cxcywh"], targets)[0][1]
-    iou = pairwise_giou(outputs["boxes_cxcywh"][0, 0], targets[0]["boxes_cxcywh"])[0][:, 0]
+    matched = match_queries(outputs, targets[0]["boxes_cxcywh"], [1, 0])[""][0][1]
+    iou = pairwise_iou(outputs["boxes_cxcywh"][0, 0], targets[0]["boxes_cxcywh"])[0][:, 0]
     goal = iou[matched].sqrt()
     expected = 3 * torch.nn.functional.binary_cross_entropy_with_logits(x[matched], goal)
-    rest = [q for q in range(4) if q != int(matched)]
+    rest = [q for q in range(4) if q not in matched]
     expected = expected + (p[rest] ** 2 * torch.nn.functional.softplus(x[rest])).sum()
     torch.testing.assert_close(losses["loss_ce"], expected)
 
@@ -179,3 +191,15 @@ def test_weights_choose_and_scale_the_terms_of_the_total():
     losses = compute_losses(outputs, targets, counts, weights={"loss_bbox": 3.0, "loss_ce": 0.5})
     one, many = (3 * losses["loss_bbox" + b] + 0.5 * losses["loss_ce" + b] for b in ("", "_o2m"))
     torch.testing.assert_close(losses["loss"], math.sqrt(2) * (one + 2 * many))
+
+
+def test_reads_of_values_are_seen(value_reads):
+    """What other tests count."""
+    values = torch.rand(4, 2, requires_grad=True)
+    with value_reads() as found:
+        values[[1, 2]].sum().backward()
+    assert found == []
+    with value_reads() as found:
+        values[values > 1].sum().item()
+        values.prod(1).sum().backward()
+    assert found == ["aten::nonzero", "aten::_local_scalar_dense", "aten::_local_scalar_dense"]

@@ -15,6 +15,7 @@ import example_usage
 import prepare_data
 import train_sam3_lora
 from sam3_lora import config as config_module
+from sam3_lora.forward import Forward
 
 pytestmark = pytest.mark.scripts
 
@@ -193,6 +194,26 @@ def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
         for item in dataclasses.fields(section)
     }
     assert keys - read == set()
+
+
+def test_out_of_memory(tiny_model_dir, data_dir, tmp_path, monkeypatch, capsys):
+    """Training and evaluation go on in smaller parts while there are any; then one line tells."""
+    predict, room = Forward.predict, {"rows": 2}
+
+    def predict_within(self, features, batch, rows):
+        if len(batch["texts"][rows]) > room["rows"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(self, features, batch, rows)
+
+    monkeypatch.setattr(Forward, "predict", predict_within)
+    args = train_args(tiny_model_dir, data_dir, tmp_path / "run")
+    assert train_sam3_lora.main(args) == 0
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert text.count("out of memory: going on") == 1
+    assert "--max_rows_per_forward" in text and "step 3/3: loss" in text
+    room["rows"] = 0
+    assert train_sam3_lora.main(args) == 2
+    assert "out of memory at step 1 with one image and one row" in capsys.readouterr().err
 
 
 REFUSED = {

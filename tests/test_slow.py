@@ -38,6 +38,7 @@ def train_every_weight(folder, data, steps):
         build_loader(dataset, batches[:steps], num_workers=2),
         engine.build_optimizer(model, 1e-3, 1e-4),
         lambda step: engine.lr_factor("cosine", step, steps, steps // 10),
+        engine.Limits(images=4, rows=32),
         max_grad_norm=1.0,
     )
     assert sum(1 for _ in records) == steps
