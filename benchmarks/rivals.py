@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -293,7 +293,13 @@ def ours_step(
     batch: dict[str, Any],
     count: engine.Count = count_targets,
 ) -> float:
-    """One step of our training on one micro-batch; returns its loss."""
+    """One step of our training on one micro-batch; returns its loss.
+
+    Raises:
+        torch.OutOfMemoryError: the batch does not fit as a whole; training itself goes on in parts.
+    """
+    limits = engine.Limits(len(batch["image_ids"]), config.hardware.max_rows_per_forward)
+    whole = replace(limits)
     records = engine.train_one_epoch(
         forward,
         criterion_of(config),
@@ -301,10 +307,13 @@ def ours_step(
         [batch],
         optimizer,
         lambda step: 1.0,
+        limits,
         max_grad_norm=config.training.max_grad_norm,
-        limits=engine.Limits(len(batch["image_ids"]), config.hardware.max_rows_per_forward),
     )
-    return [record["loss"] for record in records][0]
+    loss = [record["loss"] for record in records][0]
+    if limits != whole:
+        raise torch.OutOfMemoryError(f"{whole} was cut to {limits}")
+    return loss
 
 
 def library_step(
