@@ -245,14 +245,9 @@ def keep_features(run: Run) -> None:
     if training.cache_features == "off":
         return
     folder = training.cache_dir if training.cache_features == "disk" else None
-    run.cache = FeatureCache(run.forward, run.train_set, folder)
-    missing, size = run.cache.missing(), run.cache.bytes / 1e9
+    run.cache = FeatureCache(run.forward, run.train_set, folder, training.cache_limit_gb)
+    missing = run.cache.missing()
     log.info("%s, %d views to compute", run.cache, len(missing))
-    if size > training.cache_limit_gb:
-        raise ConfigError(
-            f"training.cache_limit_gb: expected at most {training.cache_limit_gb:g} GB, found "
-            f"{size:.3g} GB of features; lower --cache_views or --prompts_per_image, or raise it"
-        )
     run.train_set.parts = ("image",)
     photos = build_loader(run.train_set, [[(v, index)] for index, v in missing], workers)
     built = run.cache.build(photos)

@@ -42,7 +42,8 @@ except ImportError:  # Windows has no such module
 log = logging.getLogger(__name__)
 
 # What a batch holds for each image (the last for pretraining the demo model); the rest is by row.
-PER_IMAGE = ("images", "views", "image_ids", "original_sizes", "trunk", "geometry", "labels")
+PER_IMAGE = ("images", "views", "image_ids", "original_sizes", "labels")
+PER_IMAGE += ("trunk", "fpn_0", "fpn_1", "geometry")
 
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]

@@ -1,12 +1,14 @@
 """The cache of frozen parts' features: an image goes through them once, then it is read.
 
-    photo, placement --ViT--> trunk (h,w,D)                          10.6 MB in bf16 at 1008 px
-    trunk, its P prompts --neck, geometry and DETR encoder--> memory (P,h*w,C)   2.65 MB a prompt
-                                                              geometry (1,C)
+    photo, placement --ViT--> trunk (h,w,D)                             10.6 MB in bf16 at 1008 px
+    trunk --neck--> the levels that masks are drawn on: fpn_0, fpn_1                       53.1 MB
+    trunk, P prompts --neck, geometry and DETR encoder--> memory (P,h*w,C)        2.65 MB a prompt
+                                                          geometry (1,C)
 
-What is kept is what no adapter stands in or before: the trunk where the vision encoder is frozen,
-memory and geometry too where all else before the decoder is, and then the trunk for masks only. An
-image is kept in a number of views (placements on the canvas) with a fixed list of prompts.
+What is kept is what no adapter stands in or before: the trunk where the vision encoder is frozen;
+memory and geometry where all else before the decoder is, and then, for masks, the levels on a CPU,
+which would be long at making them again, the trunk on a GPU, which makes them sooner than it could
+copy them. An image is kept in a number of views (placements) with a fixed list of prompts.
 
 The key of a view is a SHA-256 over the image file, its tile, view and prompts, the weights of the
 parts, precision and versions: what has changed is not found, and computed again. A file appears
@@ -38,23 +40,27 @@ Batch = dict[str, Any]
 View = tuple[int, int]  # index of the item, number of its placement
 
 
-def cacheable_parts(forward: Any) -> tuple[str, ...]:
-    """What of a batch can be cached under a `forward.Forward`: `trunk`, `memory`, `geometry`.
+def cacheable_parts(forward: Any) -> list[tuple[str, ...]]:
+    """What of a batch can be cached under a `forward.Forward`: the best choice first.
 
     Returns:
-        Nothing where the vision encoder is trained.
+        Names of `forward.CACHED`; none where the vision encoder is trained.
     """
     if not forward.is_frozen("vision_encoder"):
-        return ()
+        return []
     meta = forward.geometry_cls == "meta"
     before = ("text_encoder", "text_projection", "detr_encoder")
     if not forward.is_frozen(*before, *(("geometry_encoder",) if meta else ())):
-        return ("trunk",)
-    return ("memory", *(("geometry",) if meta else ()), *(("trunk",) if forward.masks else ()))
+        return [("trunk",)]
+    parts = ("memory", "geometry") if meta else ("memory",)
+    if not forward.masks:
+        return [parts]
+    levels = [(*parts, "fpn_0", "fpn_1")] if forward.device.type == "cpu" else []
+    return [*levels, (*parts, "trunk")]
 
 
 class FeatureError(ValueError):
-    """A file of the cache that cannot be read; the message names it."""
+    """Features that are too many to keep, or a file of theirs that cannot be read."""
 
 
 class FeatureCache:
@@ -64,16 +70,21 @@ class FeatureCache:
         forward: a `forward.Forward`; parts that adapters stand in are not cached.
         dataset: a `dataset.PromptDataset` with `views` and, for `memory`, `prompt_pool`.
         folder: of the files, made if absent; None keeps the features in RAM.
+        limit_gb: most bytes kept, in 10^9.
+
+    Raises:
+        FeatureError: every choice of what to keep is larger.
     """
 
-    def __init__(self, forward: Any, dataset: Any, folder: Path | None) -> None:
+    def __init__(self, forward: Any, dataset: Any, folder: Path | None, limit_gb: float) -> None:
         self.forward = forward
         self.folder = folder
-        self.parts = cacheable_parts(forward)
         self.in_ram: dict[str, dict[str, torch.Tensor]] = {}
         count = len(dataset)
-        pooled = "memory" in self.parts
+        choices = cacheable_parts(forward)
+        pooled = "memory" in choices[0]
         self.texts = [dataset.pool(i) if pooled else [] for i in range(count)]
+        self.parts = self._choose(choices, dataset.views, limit_gb)
         forward.remember_texts([text for texts in self.texts for text in texts])
         model = _model_digest(forward, self.parts)
         # What the text encoder makes of a prompt stands for its weights.
@@ -98,6 +109,19 @@ class FeatureCache:
     def bytes(self) -> int:
         """Size of the whole cache."""
         return sum(self._view_bytes(index) for index, _ in self.keys)
+
+    def _choose(
+        self, choices: list[tuple[str, ...]], views: int, limit_gb: float
+    ) -> tuple[str, ...]:
+        """The first choice of parts whose size is within the limit."""
+        for self.parts in choices:
+            size = views * sum(map(self._view_bytes, range(len(self.texts)))) / 1e9
+            if size <= limit_gb:
+                return self.parts
+        raise FeatureError(
+            f"training.cache_limit_gb: expected at most {limit_gb:g} GB, found {size:.3g} GB of "
+            "features; lower --cache_views or --prompts_per_image, or raise it"
+        )
 
     def missing(self) -> list[View]:
         """The views that are not in the cache, each key once."""
@@ -138,20 +162,19 @@ class FeatureCache:
             index = torch.zeros(len(texts), dtype=torch.long)
             batch = {"trunk": trunk, "texts": texts, "image_index": index}
             features = forward.encode(batch)
+            found |= {name: level[0] for name, level in features.items() if name in self.parts}
             # One prompt at a time: the bits of one must not depend on the others.
             rows = [forward.fuse(features, batch, slice(r, r + 1))[0] for r in range(len(texts))]
             found["memory"] = torch.cat(rows).to(forward.dtype)
-            if "geometry" in self.parts:
-                found["geometry"] = features["geometry"][0]
         return {name: found[name].cpu().contiguous() for name in self.parts}
 
     def _fill(self, batch: Batch) -> Batch:
-        """A batch with `trunk` (I,h,w,D), `memory` (B,h*w,C), `geometry` (I,1,C) as far as kept."""
+        """A batch with what is kept of its images, and with `memory` (B,h*w,C) of its rows."""
         contents = [self._load(view) for view in batch["views"]]
         found = {
             name: torch.stack([content[name] for content in contents])
-            for name in ("trunk", "geometry")
-            if name in self.parts
+            for name in self.parts
+            if name != "memory"
         }
         if "memory" in self.parts:
             images = batch["image_index"].tolist()
@@ -200,10 +223,12 @@ class FeatureCache:
         model, (height, width) = self.forward.model, self.forward.grid
         norm = model.vision_encoder.backbone.layer_norm.weight
         channels = model.detr_decoder.query_embed.embedding_dim
-        row = height * width * channels * torch.empty((), dtype=self.forward.dtype).element_size()
+        token = channels * norm.element_size()
         sizes = {
             "trunk": height * width * norm.numel() * norm.element_size(),
-            "memory": len(self.texts[index]) * row,
+            "fpn_0": 16 * height * width * token,
+            "fpn_1": 4 * height * width * token,
+            "memory": len(self.texts[index]) * height * width * token,
             "geometry": channels * 4,  # fp32
         }
         return sum(sizes[name] for name in self.parts)

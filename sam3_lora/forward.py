@@ -11,8 +11,8 @@ hold them and their gradients equal):
     boxes (B,N,4)    -> geometry encoder -> (B,N+1,C) -------------------------------------' rows
                                                         -> DETR encoder -> memory (B,h*w,C) -> heads
 
-A batch may bring `trunk`, or `memory` and `geometry`, of frozen parts (see features.py): they are
-not computed then.
+A batch may bring `trunk`, `memory` and what else comes of frozen parts (see features.py): it is not
+computed then.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VISUAL_PROMPT = "visual"
 # The attributes of the model that read a prompt's text.
 TEXT = ("text_encoder", "text_projection")
 # What a batch may bring of frozen parts, already computed.
-CACHED = ("trunk", "memory", "geometry")
+CACHED = ("trunk", "fpn_0", "fpn_1", "memory", "geometry")
 # What a batch has for each row.
 PER_ROW = ("image_index", "box_prompts_cxcywh", "box_prompt_labels")
 
@@ -110,8 +110,8 @@ class Forward:
 
         Args:
             batch: `texts`, a list of B prompts, and `images` (I,3,S,S) uint8 or, of frozen parts,
-                `trunk` (I,h,w,D), or `memory` (B,h*w,C) and `geometry` (I,1,C); with the last two
-                `trunk` serves the masks only.
+                `trunk` (I,h,w,D); or `memory` (B,h*w,C), `geometry` (I,1,C) under `meta` and, for
+                masks, `trunk` or `fpn_0` and `fpn_1`.
 
         Returns:
             `fpn_2` (I,C,h,w) and, for masks, `fpn_1` (I,C,2h,2w), `fpn_0` (I,C,4h,4w); `text`
@@ -121,8 +121,8 @@ class Forward:
         names = (*CACHED, "images")
         given = {k: batch[k].to(self.device, non_blocking=True) for k in names if k in batch}
         features = self._text_features(batch["texts"])
-        features |= {k: given[k] for k in ("memory", "geometry") if k in given}
-        if "memory" in given and not self.masks:
+        features |= {k: given[k] for k in CACHED[1:] if k in given}
+        if "memory" in given and ("fpn_0" in given or not self.masks):
             return features
         boxed = batch.get("box_prompts_cxcywh") is not None
         wants_token = self.geometry_cls == "meta" and not boxed and "geometry" not in given

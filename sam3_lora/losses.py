@@ -61,7 +61,8 @@ MASK_POINTS, POINT_OVERSAMPLE, POINT_IMPORTANCE = 12_544, 3, 0.75
 # Masks compared at once: bounds memory, a dozen maps of each, 0.4 GB at 1008 pixels.
 MASKS_AT_ONCE = 8
 
-# A matching on the device: rows (M,), queries (M,), targets (M,) as in `matching.Matches`.
+# All pairs of a branch on the device: layers, rows, queries and targets (M,), as in
+# `matching.Matches`.
 Match = tuple[torch.Tensor, ...]
 Targets = list[dict[str, torch.Tensor]]
 
@@ -124,44 +125,50 @@ def compute_losses(
     sizes = [len(t["boxes_cxcywh"]) for t in targets]
     objects = to_device(torch.cat([t["boxes_cxcywh"] for t in targets]), device)
     keep = to_device(torch.tensor([float(size > 0) for size in sizes]), device)
-    classify = partial(
-        _classification, keep=keep, counts=counts, pos_weight=pos_weight, from_scratch=from_scratch
-    )
     with torch.autocast(device.type, enabled=False):
         found = match_queries(outputs, objects, sizes, from_scratch)
-        matches = matches_to_device(found, device)
         losses: dict[str, torch.Tensor] = {}
-        for branch, layers in matches.items():
-            losses |= _branch_terms(outputs, branch, layers, objects, keep, counts, classify)
+        for branch, match in matches_to_device(found, device).items():
+            classify = partial(_classification, pos_weight=pos_weight, from_scratch=from_scratch)
+            losses |= _query_terms(outputs, branch, match, objects, keep, counts, classify)
         if "mask_embed" in outputs:
             losses |= _all_mask_terms(outputs, targets, found, counts, mask_loss)
-        else:
-            losses["iou"] = _matched_box_iou(outputs, objects, matches[""][-1], counts)
         losses["loss"] = total_loss(losses, counts, weights)
     return losses
 
 
-def _branch_terms(
+def _query_terms(
     outputs: dict[str, torch.Tensor],
     branch: str,
-    matches: list[Match],
+    match: Match,
     objects: torch.Tensor,
     keep: torch.Tensor,
     counts: dict[str, int],
     classify: Callable[..., torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Box, classification and (but for the one-to-many branch) presence terms of every layer."""
-    named, last = {}, len(matches) - 1
-    for layer, match in enumerate(matches):
-        logits = outputs[branch + "logits"][layer].float()
-        boxes = outputs[branch + "boxes_cxcywh"][layer].float()
-        terms = _box_terms(boxes, objects, match, counts)
-        terms["loss_ce"] = classify(logits, boxes, objects, match)
-        if not branch:
-            terms["presence_loss"] = _presence(outputs["presence"][layer].float(), keep, counts)
-        name = ("" if layer == last else f"_aux_{layer}") + ("_o2m" if branch else "")
-        named |= {term + name: value for term, value in terms.items()}
-    return named
+    """Box, classification and (but for the one-to-many branch) presence terms of every layer.
+
+    All layers at once: on a GPU the number of operations is what these terms cost.
+    """
+    logits = outputs[branch + "logits"].float()  # (L,B,Q)
+    predicted = outputs[branch + "boxes_cxcywh"].float()[match[:3]]  # (M,4)
+    wanted = objects[match[3]]
+    iou, giou = box_iou(to_xyxy(predicted), to_xyxy(wanted))
+    pairs = torch.stack([(predicted - wanted).abs().sum(-1), 1 - giou, iou.detach()])
+    of_layer = match[0][:, None] == torch.arange(len(logits), device=logits.device)  # (M,L)
+    # A product sums in a fixed order, which index_add on a GPU does not.
+    bbox, giou, mean_iou = pairs @ of_layer.float() / max(counts["targets"], 1)  # (L,) each
+    ce = classify(logits, match[:3], iou, keep, counts)
+    terms = {"loss_bbox": bbox, "loss_giou": giou, "loss_ce": ce}
+    if not branch:
+        terms["presence_loss"] = _presence(outputs["presence"].float(), keep, counts)
+    suffixes = [f"_aux_{layer}" for layer in range(len(logits) - 1)] + [""]
+    named = {
+        term + suffix + "_o2m" * bool(branch): value
+        for term, values in terms.items()
+        for suffix, value in zip(suffixes, values.unbind(), strict=True)
+    }
+    return named if branch or "mask_embed" in outputs else named | {"iou": mean_iou[-1]}
 
 
 def total_loss(
@@ -170,64 +177,48 @@ def total_loss(
     weights: Mapping[str, float] = WEIGHTS,
 ) -> torch.Tensor:
     """sqrt(B) times the weighted sum of the terms; B is the number of rows in the whole step."""
-    total = torch.zeros((), device=next(iter(losses.values())).device)
-    for name, value in losses.items():
+    scale = math.sqrt(max(counts["rows"], 1))
+    shares = {}
+    for name in losses:
         term = name.split("_aux_")[0].removesuffix("_o2m")
         if term in weights:
-            weight = weights[term] * (ONE_TO_MANY_WEIGHT if name.endswith("_o2m") else 1.0)
-            total = total + weight * value
-    return math.sqrt(max(counts["rows"], 1)) * total
-
-
-def _box_terms(
-    boxes: torch.Tensor, objects: torch.Tensor, match: Match, counts: dict[str, int]
-) -> dict[str, torch.Tensor]:
-    """L1 and GIoU of the matched boxes, summed over the step's number of targets."""
-    rows, queries, index = match
-    predicted, wanted = boxes[rows, queries], objects[index]
-    number = max(counts["targets"], 1)
-    giou = box_iou(to_xyxy(predicted), to_xyxy(wanted))[1]
-    return {
-        "loss_bbox": (predicted - wanted).abs().sum() / number,
-        "loss_giou": (1 - giou).sum() / number,
-    }
+            shares[name] = scale * weights[term] * (ONE_TO_MANY_WEIGHT if "_o2m" in name else 1.0)
+    terms = torch.stack([losses[name] for name in shares])
+    return terms @ to_device(torch.tensor(list(shares.values())), terms.device)
 
 
 def _classification(
     logits: torch.Tensor,
-    boxes: torch.Tensor,
-    objects: torch.Tensor,
-    match: Match,
+    pairs: tuple[torch.Tensor, ...],
+    iou: torch.Tensor,
     keep: torch.Tensor,
     counts: dict[str, int],
     pos_weight: float,
     from_scratch: bool,
 ) -> torch.Tensor:
-    """IoU-aware binary cross-entropy, mean over all B x Q queries of the step.
+    """IoU-aware binary cross-entropy of each layer (L,), mean over all B x Q queries of the step.
 
-    Rows without an object add no loss here (presence is theirs) but stay in the mean.
+    Pairs are layers, rows and queries, iou their boxes' (M,). Rows without an object add no loss
+    here (presence is theirs) but stay in the mean.
     """
-    rows, queries, index = match
     p = logits.sigmoid()
-    iou = box_iou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0]
-    goal = p[rows, queries] ** TARGET_ALPHA * iou ** (1 - TARGET_ALPHA)
-    number = max(counts["rows"], 1) * logits.shape[1]
+    goal = p[pairs] ** TARGET_ALPHA * iou ** (1 - TARGET_ALPHA)
+    number = max(counts["rows"], 1) * logits.shape[-1]
     if from_scratch:
         goal, number = iou**SCRATCH_ALPHA, max(counts["targets"], 1)
     # One goal a query, also where one query serves two objects of the one-to-many branch.
-    target = torch.zeros_like(logits).index_put(
-        (rows, queries), goal.detach().clamp(min=TARGET_MIN)
-    )
+    target = torch.zeros_like(logits).index_put(pairs, goal.detach().clamp(min=TARGET_MIN))
     matched = pos_weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     unmatched = p**FOCAL_GAMMA * F.softplus(logits)  # p^2 BCE(x, 0)
     loss = torch.where(target > 0, matched, unmatched)
-    return (loss * keep[:, None]).sum() / number
+    return (loss * keep[:, None]).sum((1, 2)) / number
 
 
 def _presence(presence: torch.Tensor, keep: torch.Tensor, counts: dict[str, int]) -> torch.Tensor:
-    """Is the prompt in the image? Half the cross-entropy, mean over the step's rows."""
-    loss = F.binary_cross_entropy_with_logits(presence, keep, reduction="sum")
-    return 0.5 * loss / max(counts["rows"], 1)
+    """Is the prompt in the image? Half the cross-entropy of each layer (L,), mean over rows."""
+    goal = keep.expand_as(presence)
+    loss = F.binary_cross_entropy_with_logits(presence, goal, reduction="none")
+    return 0.5 * loss.sum(1) / max(counts["rows"], 1)
 
 
 def _all_mask_terms(
@@ -334,19 +325,19 @@ def focal_and_dice(
     Returns:
         The two losses, each (m,), and the gradient (m,P) of each by the logits.
     """
+    # In place where a map has served: passes over S x S maps are what this costs.
     p = logits.sigmoid()
-    slope = p * (1 - p)
-    both = p * target
-    top = 2 * both.sum(-1, keepdim=True) + 1
+    slope = torch.addcmul(p, p, p, value=-1)  # dp/dx
+    top = 2 * torch.linalg.vecdot(p, target)[:, None] + 1
     bottom = p.sum(-1, keepdim=True) + target.sum(-1, keepdim=True) + 1
-    dice_slope = slope * (top / bottom**2 - target * (2 / bottom))
-    error = p + target - 2 * both
-    ce = F.softplus(logits) - logits * target
-    weight = target * (2 * alpha - 1) + (1 - alpha)
-    weighted = weight * error / logits.shape[-1]  # the mean's share is in it
-    focal = weighted * error * ce
-    focal_slope = weighted * (2 * (1 - 2 * target) * slope * ce + error * (p - target))
-    return focal.sum(-1), (1 - top / bottom)[:, 0], (focal_slope, dice_slope)
+    dice_slope = torch.addcmul(top / bottom**2, target, 2 / bottom, value=-1).mul_(slope)
+    flip = 1 - 2 * target  # de/dp
+    error = torch.addcmul(target, p, flip)
+    ce = F.softplus(logits).addcmul_(logits, target, value=-1)
+    weight = (target * (2 * alpha - 1)).add_(1 - alpha).mul_(error).div_(logits.shape[-1])
+    focal_slope = flip.mul_(2 * ce).mul_(slope).addcmul_(error, p.sub_(target)).mul_(weight)
+    focal = torch.linalg.vecdot(weight, ce.mul_(error))
+    return focal, (1 - top / bottom)[:, 0], (focal_slope, dice_slope)
 
 
 def _same_size(
@@ -413,13 +404,3 @@ def _mask_iou(drawn: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """IoU (m,) of boolean masks (m,P)."""
     both = (drawn & masks).sum(1).float()
     return both / (drawn | masks).sum(1).clamp(min=1)
-
-
-def _matched_box_iou(
-    outputs: dict[str, torch.Tensor], objects: torch.Tensor, match: Match, counts: dict[str, int]
-) -> torch.Tensor:
-    """Sum of the last layer's matched boxes' IoU over the step's number of targets."""
-    rows, queries, index = match
-    boxes = outputs["boxes_cxcywh"][-1].detach().float()
-    iou = box_iou(to_xyxy(boxes[rows, queries]), to_xyxy(objects[index]))[0]
-    return iou.sum() / max(counts["targets"], 1)

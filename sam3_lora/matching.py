@@ -123,12 +123,17 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def matches_to_device(
     matches: Matches, device: torch.device
-) -> dict[str, list[tuple[torch.Tensor, ...]]]:
-    """Rows, queries and targets (M,) of each match on the device, in one copy."""
-    tables = [table for layers in matches.values() for table in layers]
-    packed = to_device(torch.from_numpy(np.concatenate(tables, axis=1)), device)
-    views = iter(packed.split([table.shape[1] for table in tables], dim=1))
-    return {branch: [next(views).unbind() for _ in layers] for branch, layers in matches.items()}
+) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Layers, rows, queries and targets (M,) of all pairs of each branch, in one copy."""
+    tables = {
+        branch: np.concatenate(
+            [np.insert(t, 0, layer, axis=0) for layer, t in enumerate(layers)], 1
+        )
+        for branch, layers in matches.items()
+    }
+    packed = to_device(torch.from_numpy(np.concatenate(list(tables.values()), axis=1)), device)
+    parts = packed.split([table.shape[1] for table in tables.values()], dim=1)
+    return {branch: part.unbind() for branch, part in zip(matches, parts, strict=True)}
 
 
 def to_xyxy(boxes_cxcywh: torch.Tensor) -> torch.Tensor:
