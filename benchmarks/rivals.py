@@ -22,13 +22,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Sam3Config, Sam3Model
@@ -47,14 +48,13 @@ from make_sam3_tiny import (  # noqa: E402
 )
 
 from lora_layers import (  # noqa: E402
-    COMPONENTS,
     LoRAConfig,
     apply_lora,
     lora_modules,
     match_modules,
 )
 from sam3_lora import engine  # noqa: E402
-from sam3_lora.config import Config, load_config  # noqa: E402
+from sam3_lora.config import Config, load_config, lora_config  # noqa: E402
 from sam3_lora.forward import (  # noqa: E402
     PADDING_BOX,
     Forward,
@@ -99,12 +99,7 @@ def build_model(size: str, device: torch.device, seed: int = 0) -> Sam3Model:
 def strategy(name: str) -> tuple[Config, LoRAConfig]:
     """The shipped configuration of a key of `STRATEGIES`, and its adapters."""
     config = load_config(ROOT / "configs" / f"{STRATEGIES[name]}_config.yaml", {})
-    section = config.lora
-    components = tuple(c for c in COMPONENTS if getattr(section, f"apply_to_{c}"))
-    lora = LoRAConfig(
-        section.rank, section.alpha, section.dropout, section.target_modules, components
-    )
-    return config, lora
+    return config, lora_config(config)
 
 
 def prompt_texts(count: int) -> list[str]:
@@ -166,14 +161,19 @@ def spread_adapters(model: nn.Module, seed: int = 1) -> None:
         module.lora_B.copy_(ADAPTER_STD * values)
 
 
-def adapt_ours(model: Sam3Model, lora: LoRAConfig, geometry_cls: str = "meta") -> Forward:
-    """The model with our adapters, in the precision that training takes on its device; without
-    the one-to-many branch, which the library has not."""
+def adapt_ours(
+    model: Sam3Model, lora: LoRAConfig, geometry_cls: str = "meta", **options: Any
+) -> Forward:
+    """The model with our adapters, in the precision that training takes on its device.
+
+    Without the one-to-many branch, which the library has not; `options` are further ones of
+    `Forward`.
+    """
     apply_lora(model, lora)
     spread_adapters(model)
     dtype = compute_dtype("auto", model.device)
     cast_towers(model, dtype)
-    return Forward(model, make_tokenizer(), geometry_cls, dtype)
+    return Forward(model, make_tokenizer(), geometry_cls, dtype, **options)
 
 
 @dataclass
@@ -293,7 +293,13 @@ def ours_step(
     batch: dict[str, Any],
     count: engine.Count = count_targets,
 ) -> float:
-    """One step of our training on one micro-batch; returns its loss."""
+    """One step of our training on one micro-batch; returns its loss.
+
+    Raises:
+        torch.OutOfMemoryError: the batch does not fit as a whole; training itself goes on in parts.
+    """
+    limits = engine.Limits(len(batch["image_ids"]), config.hardware.max_rows_per_forward)
+    whole = replace(limits)
     records = engine.train_one_epoch(
         forward,
         criterion_of(config),
@@ -301,10 +307,13 @@ def ours_step(
         [batch],
         optimizer,
         lambda step: 1.0,
+        limits,
         max_grad_norm=config.training.max_grad_norm,
-        limits=engine.Limits(len(batch["image_ids"]), config.hardware.max_rows_per_forward),
     )
-    return [record["loss"] for record in records][0]
+    loss = [record["loss"] for record in records][0]
+    if limits != whole:
+        raise torch.OutOfMemoryError(f"{whole} was cut to {limits}")
+    return loss
 
 
 def library_step(
@@ -347,6 +356,14 @@ def choose_machine(name: str, model: str | None) -> tuple[torch.device, str]:
     if device.type == "cpu":
         torch.set_num_threads(1)
     return device, model or ("full" if device.type == "cuda" else "bench224")
+
+
+def graphs() -> str:
+    """What `torch.compile` has made since the last call: number of graphs, and of breaks."""
+    counters = torch._dynamo.utils.counters
+    number, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    counters.clear()
+    return f"{number}, {breaks}"
 
 
 def wait_for(device: torch.device) -> None:

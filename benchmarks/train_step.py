@@ -40,6 +40,7 @@ from rivals import (
     build_model,
     choose_machine,
     criterion_of,
+    graphs,
     library_step,
     machine,
     make_batch,
@@ -64,6 +65,8 @@ from sam3_lora.model import ModelError, image_size, train_adapted
 log = logging.getLogger("train_step")
 
 OURS, O2M, LIBRARY, ONE_BY_ONE = "ours", "ours, one-to-many on", "library", "one by one"
+# The optimizers do their work and move nothing: every step of all is the same step.
+RATE = 0.0
 # Images a batch tried under a memory cap.
 MOST_IMAGES = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,17 +83,23 @@ class Pair:
     theirs: torch.optim.Optimizer
 
 
-def build_ours(args: argparse.Namespace, lora: LoRAConfig, rate: float) -> tuple[Forward, Any]:
+def build_ours(args: argparse.Namespace, lora: LoRAConfig) -> tuple[Forward, Any]:
     """Our model with adapters, in training mode, and its optimizer."""
     model = build_model(args.model, args.device)
-    forward = adapt_ours(model, lora, args.geometry_cls)
+    forward = adapt_ours(
+        model,
+        lora,
+        args.geometry_cls,
+        compiled=args.use_compile,
+        checkpointing=args.gradient_checkpointing,
+    )
     forward.release_text_encoder(prompt_texts(max(args.prompts)))
     train_adapted(model)
-    return forward, engine.build_optimizer(model, rate, 0.01)
+    return forward, engine.build_optimizer(model, RATE, 0.01)
 
 
 def build_library(
-    args: argparse.Namespace, lora: LoRAConfig, rate: float, dtype: torch.dtype, adapters: Any
+    args: argparse.Namespace, lora: LoRAConfig, dtype: torch.dtype, adapters: Any
 ) -> tuple[Library, Any]:
     """The library's model with peft's adapters, in training mode, and an optimizer."""
     model = build_model(args.model, args.device).to(DTYPES[args.library_weights])
@@ -98,16 +107,15 @@ def build_library(
     training_mode(model, lora.components)
     trainable = [p for p in adapted.parameters() if p.requires_grad]
     library = Library(adapted, dtype, geometry_cls=args.geometry_cls)
-    return library, torch.optim.AdamW(trainable, lr=rate, weight_decay=0.01)
+    return library, torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.01)
 
 
 def build_pair(args: argparse.Namespace, name: str) -> Pair:
     """Both models for a strategy."""
     config, lora = strategy(name)
-    rate = config.training.learning_rate
-    forward, ours = build_ours(args, lora, rate)
+    forward, ours = build_ours(args, lora)
     adapters = lora_state_dict(forward.model)
-    library, theirs = build_library(args, lora, rate, forward.dtype, adapters)
+    library, theirs = build_library(args, lora, forward.dtype, adapters)
     return Pair(config, forward, library, ours, theirs)
 
 
@@ -206,7 +214,9 @@ def time_row(args: argparse.Namespace, name: str, pair: Pair, prompts: int) -> d
     row |= {f"{who}, s": statistics.median(times) for who, times in seconds.items()}
     for rival in (LIBRARY, ONE_BY_ONE):
         row[f"{rival} / ours"] = ratio(seconds[rival], seconds[OURS])
-    return row | {"losses apart": f"{gap:.0e}"}
+    row["losses apart"] = f"{gap:.0e}"
+    # With one-to-many the heads are a graph of their own, as for each other number of rows.
+    return row | ({"graphs, breaks": graphs()} if args.use_compile else {})
 
 
 def count_rows(
@@ -218,7 +228,7 @@ def count_rows(
     if args.device.type != "cuda":
         # On a CPU AdamW reads each parameter's step number, which on a GPU it does not.
         rates = (
-            torch.optim.SGD(optimizer.param_groups[0]["params"], lr=1e-4)
+            torch.optim.SGD(optimizer.param_groups[0]["params"], lr=RATE)
             for optimizer in (pair.ours, pair.theirs)
         )
         pair = replace(pair, **dict(zip(("ours", "theirs"), rates, strict=True)))
@@ -264,19 +274,18 @@ def trains(step: Callable[[dict], float], side: int, images: int, prompts: int) 
 def cap_row(args: argparse.Namespace, name: str, prompts: int, cap: float) -> dict[str, Any]:
     """The largest batch of each with `cap` GB of the GPU's memory."""
     config, lora = strategy(name)
-    rate, row = config.training.learning_rate, {"strategy": name, "prompts": prompts}
-    row["cap, GB"] = cap
+    row: dict[str, Any] = {"strategy": name, "prompts": prompts, "cap, GB": cap}
     total = torch.cuda.get_device_properties(args.device).total_memory
     for who in (OURS, LIBRARY):
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, args.device)  # to build the model
-        forward, optimizer = build_ours(args, lora, rate)
+        forward, optimizer = build_ours(args, lora)
         side, step = image_size(forward.model), ours_step
         if who == LIBRARY:
             dtype = forward.dtype
             del forward, optimizer
-            forward, optimizer = build_library(args, lora, rate, dtype, None)
+            forward, optimizer = build_library(args, lora, dtype, None)
             step = library_step
         gc.collect()
         torch.cuda.empty_cache()
@@ -307,6 +316,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--geometry_cls", choices=("meta", "hf"), default="meta", help="of both (default: meta)")
     add("--library_weights", choices=DTYPES, default="fp32",
         help="in which the library holds its weights (default: fp32, as they are published)")
+    add("--use_compile", action="store_true", help="ours through torch.compile")
+    add("--gradient_checkpointing", choices=("off", "mlp", "full"), default="off",
+        help="of ours; the library's model has none (default: off)")
     add("--memory_caps", type=float, nargs="+", metavar="GB",
         help="GPU: only look for the largest batch in so much memory")
     # fmt: on

@@ -65,18 +65,16 @@ def test_rivals_have_the_same_loss_and_gradients(rivals, name):
     for rows_at_once in (None, 1):
         other_loss = rivals.library_step(library, config, still[1], batch, rows_at_once)
         assert other_loss == pytest.approx(loss, rel=1e-4)
-        still_at_zero = []
+        moved = 0
         for layer, pair in grads.items():
             theirs = other.get_submodule(layer)
             weights = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
             for mine, weight in zip(pair, weights, strict=True):
                 scale = float(weight.grad.abs().max())
-                assert float((mine - weight.grad).abs().max()) <= 1e-4 * scale, layer
-                still_at_zero += [layer] * (scale == 0)
-        # Without a box the geometry encoder attends to one token, whatever its score.
-        one_token = ("geometry_encoder.layers.0.self_attn.q_proj",)
-        one_token += ("geometry_encoder.layers.0.self_attn.k_proj",)
-        assert set(still_at_zero) <= set(one_token)
+                assert float((mine - weight.grad).abs().max()) <= 1e-4 * scale + 1e-9, layer
+                moved += scale > 1e-9
+        # Without a box the geometry encoder's q and k attend to one token, whatever its score.
+        assert moved >= 2 * len(grads) - (4 if name == "full" else 0)
 
 
 def test_train_step(rivals, capsys):
