@@ -266,7 +266,7 @@ def _mask_terms(
         for query, target in pairs[:, start:stop].split(MASKS_AT_ONCE, dim=1):
             own = embed[row][query].to(pixels[row].dtype)
             logits = torch.einsum("mc,chw->mhw", own, pixels[row]).float()
-            found = _MaskLosses.apply(logits, masks[row][target], mask_loss, FOCAL_ALPHA)
+            found = MaskLosses.apply(logits, masks[row][target], mask_loss, FOCAL_ALPHA)
             sums = sums + torch.stack([value.sum() for value in found])
     focal, dice, iou = sums / max(counts["targets"], 1)
     terms = {"loss_mask": focal, "loss_dice": dice}
@@ -275,7 +275,7 @@ def _mask_terms(
     return terms
 
 
-class _MaskLosses(torch.autograd.Function):
+class MaskLosses(torch.autograd.Function):
     """Focal loss, dice loss and IoU (m,) of logits (m,h,w) with masks (m,S,S).
 
     The forward pass takes the gradients as well, each a map of h x w. Autograd would keep a dozen
@@ -394,7 +394,7 @@ def _semantic(
         if not _knows_union(target):
             continue
         union = own.any(0, keepdim=True)
-        terms = _MaskLosses.apply(prediction[None], union, "full", SEMANTIC_ALPHA)
+        terms = MaskLosses.apply(prediction[None], union, "full", SEMANTIC_ALPHA)
         focal = focal + terms[0].sum() / number
         dice = dice + terms[1].sum() / number
     return {"loss_semantic_seg": focal, "loss_semantic_dice": dice}

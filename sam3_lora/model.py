@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, Sam3Model
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, Sam3Config, Sam3Model
 from transformers.utils import logging as hf_logging
 
 from lora_layers import LoRALinear
 
 log = logging.getLogger(__name__)
 
+# The hub id of Meta's weights.
+PUBLISHED = "facebook/sam3"
 # Tokens of a prompt; CLIP's text encoder has this many positions (transformers processing_sam3.py).
 CONTEXT_LENGTH = 32
 # Characters of a library's error in ours.
@@ -46,14 +48,8 @@ def load_model(name: str) -> tuple[Sam3Model, Any]:
         ModelError: not found, not accessible, damaged, not SAM 3, or weights that do not fill the
             model.
     """
-    _refuse_other_formats(name)
+    _read_config(name)
     try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type not in ("sam3", "sam3_video"):
-            raise ModelError(
-                f"model.name: expected a SAM 3 model, found model_type {config.model_type!r} in "
-                f"{name}; use facebook/sam3 or a local copy of it"
-            )
         with _quiet_library():
             model, report = Sam3Model.from_pretrained(
                 name,
@@ -73,6 +69,45 @@ def load_model(name: str) -> tuple[Sam3Model, Any]:
         found = "; ".join(f"{len(v)} {k} (first: {sorted(v)[0]})" for k, v in problems.items())
         raise ModelError(f"{name}: expected every weight of SAM 3, found {found}; get a full copy")
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def load_meta_model(name: str) -> tuple[Sam3Model, bool]:
+    """SAM 3's structure without weights, on the meta device, from its config.json alone.
+
+    Args:
+        name: as for `load_model`. Where the hub does not give facebook/sam3, the library's default
+            configuration, which describes the same model, stands in.
+
+    Returns:
+        (model, whether the default stands in); frozen and in eval mode.
+
+    Raises:
+        ModelError: as for `load_model`, but for what only weights or tokenizer can show.
+    """
+    try:
+        config, stands_in = _read_config(name), False
+    except ModelError:
+        if name != PUBLISHED:
+            raise
+        config, stands_in = Sam3Config(), True
+    with torch.device("meta"):
+        model = Sam3Model(config)
+    return model.requires_grad_(False).eval(), stands_in
+
+
+def _read_config(name: str) -> PretrainedConfig:
+    """The configuration of a hub id or folder, of the detector or of the video model."""
+    _refuse_other_formats(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # as in `load_model`
+        raise ModelError(_access_hint(name, error)) from error
+    if config.model_type not in ("sam3", "sam3_video"):
+        raise ModelError(
+            f"model.name: expected a SAM 3 model, found model_type {config.model_type!r} in "
+            f"{name}; use facebook/sam3 or a local copy of it"
+        )
+    return config
 
 
 def load_tokenizer(name: str) -> Any:

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "evaluation": {"lora_layers", "checkpoint", "coco", "engine", "forward", "metrics", "model"},
     "scenes": {"coco"},
     "features": {"model"},
-    "memory": {"model"},
+    "memory": {"forward", "lora_layers", "losses", "model"},
     "report": {"drawing"},
 }
 # What scripts of a folder share; `rivals` is for all benchmarks.

@@ -127,3 +127,15 @@ def test_operations_that_wait_are_counted(rivals):
 def test_largest_batch_that_fits(rivals, limit):
     script = load("train_step")
     assert script.largest(lambda images: images <= limit, most=16) == min(limit, 16)
+
+
+def test_cache(rivals, capsys):
+    script = load("cache")
+    args = ["--device", "cpu", "--model", "tiny112", "--batch_size", "2", "--prompts", "1", "3"]
+    assert script.main([*args, "--repeats", "1"]) == 0
+    (rows,) = tables(capsys.readouterr().out)
+    assert [row["prompts"] for row in rows] == ["1", "3"]
+    for row in rows:
+        assert row["kept"] == "memory, geometry, fpn_0, fpn_1"
+        assert float(row["not cached / cached"]) > 0 and float(row["library / cached"]) > 0
+        assert float(row["build, s an image"]) > 0
