@@ -57,6 +57,7 @@ from sam3_lora.config import (
 )
 from sam3_lora.dataset import PromptDataset
 from sam3_lora.drawing import draw_overlay, draw_panel, to_cell
+from sam3_lora.engine import TooLargeError
 from sam3_lora.evaluation import (
     evaluate_split,
     load_forward,
@@ -235,7 +236,7 @@ def write_files(
     log.info("wrote %s", output_dir / "metrics.json")
 
 
-@user_errors(ConfigError, DatasetError, AdapterError, ModelError)
+@user_errors(ConfigError, DatasetError, AdapterError, ModelError, TooLargeError)
 def main(argv: list[str] | None = None) -> int:
     """Evaluates what the flags name."""
     args = build_parser().parse_args(argv)

@@ -37,11 +37,10 @@ from lora_layers import (
     load_lora_state_dict,
     lora_table,
 )
-from sam3_lora import checkpoint, engine
-from sam3_lora.coco import CocoSplit, DatasetError, check_images, read_split, sibling_val
+from sam3_lora import checkpoint, engine, memory
+from sam3_lora.coco import CocoSplit, DatasetError, read_splits
 from sam3_lora.config import (
     Config,
-    ConfigError,
     FlagParser,
     add_config_flags,
     check_same_settings,
@@ -56,7 +55,7 @@ from sam3_lora.config import (
 from sam3_lora.dataset import PromptDataset
 from sam3_lora.drawing import draw_curves
 from sam3_lora.evaluation import describe, evaluate_split, validation_figures
-from sam3_lora.features import FeatureCache, FeatureError
+from sam3_lora.features import FeatureCache, FeatureError, cacheable_parts
 from sam3_lora.forward import Forward
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
@@ -66,6 +65,7 @@ from sam3_lora.model import (
     choose_device,
     compute_dtype,
     image_size,
+    load_meta_model,
     load_model,
     num_queries,
     train_adapted,
@@ -73,6 +73,9 @@ from sam3_lora.model import (
 
 log = logging.getLogger("train")
 
+# What a user can cause, beside what `user_errors` knows.
+ERRORS = (DatasetError, AdapterError, ModelError, FeatureError)
+ERRORS += (engine.LossError, engine.TooLargeError)
 # The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
 LONGEST_WARMUP = 0.1
 
@@ -120,20 +123,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(description=__doc__)
     add_config_flags(parser)
     return parser
-
-
-def read_splits(config: Config) -> tuple[CocoSplit, CocoSplit | None]:
-    """The training split and the validation split, if there is one."""
-    train_path = config.training.train_data_path
-    train_split = read_split(train_path)
-    check_images(train_split)
-    val_path = config.training.val_data_path or sibling_val(train_path)
-    if val_path is None:
-        return train_split, None
-    val_split = read_split(val_path)
-    val_split = replace(val_split, images=val_split.images[: config.evaluation.max_val_images])
-    check_images(val_split)
-    return train_split, val_split
 
 
 def build_datasets(
@@ -185,15 +174,7 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
     dtype = compute_dtype(config.hardware.mixed_precision, device)
     cast_towers(model, dtype)
     model.to(device)
-    forward = Forward(
-        model,
-        tokenizer,
-        config.model.geometry_cls,
-        dtype,
-        one_to_many=training.one_to_many,
-        masks=train_set.has_masks(),
-        compiled=config.hardware.use_compile,
-    )
+    forward = build_forward(config, model, tokenizer, dtype, train_set.has_masks())
     asked = [text for split in (train_set, val_set) if split for text in split.all_texts()]
     forward.release_text_encoder(asked)
     batches = math.ceil(len(train_set) / training.batch_size)
@@ -212,6 +193,47 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
     )
 
 
+def build_forward(
+    config: Config, model: torch.nn.Module, tokenizer: Any, dtype: torch.dtype, masks: bool = True
+) -> Forward:
+    """The model's forward with this run's settings, `auto` checkpointing as the GPU needs it."""
+    forward = Forward(
+        model,
+        tokenizer,
+        config.model.geometry_cls,
+        dtype,
+        one_to_many=config.training.one_to_many,
+        masks=masks,
+        compiled=config.hardware.use_compile,
+    )
+    asked, settings = config.hardware.gradient_checkpointing, memory_settings(config, forward)
+    chosen = memory.resolve_checkpointing(asked, forward, **settings)
+    return replace(forward, checkpointing=chosen)
+
+
+def memory_settings(config: Config, forward: Forward) -> dict[str, Any]:
+    """The arguments of `memory.predict` for this configuration."""
+    cached = config.training.cache_features != "off" and cacheable_parts(forward)
+    return {
+        "images": config.training.batch_size,
+        "prompts": config.training.prompts_per_image,
+        "max_rows": config.hardware.max_rows_per_forward,
+        "mask_loss": config.training.mask_loss,
+        "cached": cached[-1] if cached else (),
+    }
+
+
+def describe_dry_run(config: Config) -> str:
+    """What a run would train and the GPU memory it would take; needs no weights, data or GPU."""
+    device, precision = choose_device(config.hardware.device), config.hardware.mixed_precision
+    precision = "bf16" if (precision, device.type) == ("auto", "cpu") else precision
+    model, stands_in = load_meta_model(config.model.name)
+    apply_lora(model, lora_config(config))
+    forward = build_forward(config, model, None, compute_dtype(precision, device))
+    settings = memory_settings(config, forward)
+    return memory.dry_run_text(forward, stands_in=stands_in, **settings)
+
+
 def open_folder(run: Run) -> None:
     """Makes the run's folder; an earlier run is set aside, replaced or (--resume) continued."""
     output = run.config.output
@@ -226,10 +248,11 @@ def open_folder(run: Run) -> None:
     save_config(run.config, run.folder / "config.yaml")
     trainable, base = count_parameters(run.forward.model)
     log.info(
-        "%s, %s, %s: %s trainable of %s (%.3f %%)",
+        "%s, %s, %s, checkpointing %s: %s trainable of %s (%.3f %%)",
         engine.environment(Path(__file__)),
         run.forward.device,
         str(run.forward.dtype).removeprefix("torch."),
+        run.forward.checkpointing,
         f"{trainable:,}",
         f"{base:,}",
         100 * trainable / base,
@@ -254,6 +277,13 @@ def keep_features(run: Run) -> None:
     for _ in tqdm(built, "features", len(missing), disable=not sys.stderr.isatty()):
         pass
     run.train_set.parts = ("targets",)
+
+
+def to_training(run: Run) -> None:
+    """Train mode; a backbone whose features come from the cache leaves the GPU (0.9 GB in bf16)."""
+    train_adapted(run.forward.model)
+    if run.cache:
+        run.forward.model.vision_encoder.backbone.to("cpu")
 
 
 def describe_run(run: Run) -> None:
@@ -305,6 +335,7 @@ def evaluate_now(run: Run) -> None:
     config = run.config
     forward = replace(run.forward, one_to_many=False, masks=run.val_set.has_masks())
     forward.model.eval()
+    forward.model.vision_encoder.backbone.to(forward.device)
     batches = epoch_batches(len(run.val_set), 1, 0, 0, shuffle=False)
     # Point sampling draws random numbers: those of training go on as if nothing had been evaluated.
     with torch.random.fork_rng():
@@ -404,8 +435,7 @@ def train_epoch(run: Run, epoch: int) -> None:
     """One epoch from where the run stands: steps, log lines, evaluations and checkpoints."""
     training, output = run.config.training, run.config.output
     records, steps = step_records(run, epoch)
-    train_adapted(run.forward.model)
-    shown: dict[str, str] = {}
+    to_training(run)
     label = f"epoch {epoch + 1}/{run.epochs}"
     with tqdm(records, label, steps, disable=not sys.stderr.isatty()) as bar:
         for record in bar:
@@ -415,14 +445,12 @@ def train_epoch(run: Run, epoch: int) -> None:
                 row = engine.mean_record(run.records, run.forward.device)
                 run.records = []
                 append_log(run, {**row, "epoch": epoch + 1})
-                log.info("step %d/%d: %s", run.step, run.total_steps, engine.progress_text(row))
-                shown = {"img/s": f"{row['img_per_s']:.1f}"}
-                if "memory_gb" in row:
-                    shown["memory"] = f"{row['memory_gb']:.1f} GB {row['memory_percent']:.0f}%"
-            bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}", **shown)
+                text = engine.progress_text(row)
+                log.info("step %d/%d: %s", run.step, run.total_steps, text)
+                bar.set_postfix_str(text)
             if run.step % training.eval_steps == 0:
                 evaluate_now(run)
-                train_adapted(run.forward.model)
+                to_training(run)
             if run.step % training.save_steps == 0:
                 save_now(run)
 
@@ -434,26 +462,24 @@ def train(run: Run) -> None:
         evaluate_now(run)
         save_now(run)
     while run.step < run.total_steps:
-        try:
-            train_epoch(run, run.step // run.steps_per_epoch)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"out of memory at step {run.step + 1} with one image and one row at a time; adapt "
-                "fewer components, or compare masks at fewer pixels with --mask_loss native"
-            ) from error
+        train_epoch(run, run.step // run.steps_per_epoch)
         evaluate_now(run)
         save_now(run)
 
 
-@user_errors(ConfigError, DatasetError, AdapterError, ModelError, FeatureError, engine.LossError)
+@user_errors(*ERRORS)
 def main(argv: list[str] | None = None) -> int:
     """Trains as the configuration and the flags say."""
     args = build_parser().parse_args(argv)
     setup_logging(None)
     config = config_from_args(args)
+    if config.output.dry_run:
+        print(describe_dry_run(config))
+        return 0
     # 1. Folder and data before weights: their faults show in seconds.
     checkpoint.check_folder(config.output.output_dir, config.output.resume)
-    splits = read_splits(config)
+    data, most = config.training, config.evaluation.max_val_images
+    splits = read_splits(data.train_data_path, data.val_data_path, most)
     # 2. Model, adapters, optimizer; nothing is written until all of it stands.
     engine.seed_everything(config.training.seed)
     run = build_run(config, splits)

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,26 @@ def _contents(path: Path) -> str:
 def read_split(path: Path) -> CocoSplit:
     """Reads a split folder; see `find_split` and `read_coco`."""
     return read_coco(*find_split(path))
+
+
+def read_splits(
+    train_path: Path, val_path: Path | None = None, most_val: int | None = None
+) -> tuple[CocoSplit, CocoSplit | None]:
+    """The training split and the validation split, if there is one, with their images checked.
+
+    Args:
+        train_path, val_path: as for `read_split`; None takes val/ or valid/ beside the first.
+        most_val: the first images of the validation split that are used; None: all.
+    """
+    train_split = read_split(train_path)
+    check_images(train_split)
+    val_path = val_path or sibling_val(train_path)
+    if val_path is None:
+        return train_split, None
+    val_split = read_split(val_path)
+    val_split = replace(val_split, images=val_split.images[:most_val])
+    check_images(val_split)
+    return train_split, val_split
 
 
 def read_coco(

@@ -79,6 +79,10 @@ class Limits:
         return images > 1 or rows > 1
 
 
+class TooLargeError(torch.OutOfMemoryError):
+    """What cannot be made smaller does not fit; the message says what to change."""
+
+
 def seed_everything(seed: int) -> None:
     """Seeds python, numpy and torch; data has its own seeds (see dataset.py)."""
     random.seed(seed)
@@ -199,9 +203,13 @@ def _within_memory(work: Callable[[], Any], limits: Limits, images: int, rows: i
         try:
             result = work()
             break
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if not limits.halve(images, rows):
-                raise
+                raise TooLargeError(
+                    "out of memory with one image and one row at a time; set "
+                    "--gradient_checkpointing full, adapt fewer components, or compare masks at "
+                    "fewer pixels with --mask_loss native"
+                ) from error
         # Not inside `except`: its traceback holds what the failed try had allocated.
         torch.cuda.empty_cache()
     if limits != before:

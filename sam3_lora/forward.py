@@ -193,7 +193,9 @@ class Forward:
         if self.model.text_encoder.device.type == "meta":
             raise RuntimeError(f"the text encoder was released before it had read {texts}")
         ids, mask = (t.to(self.device) for t in tokenize(self.tokenizer, texts))
-        text = self.model.get_text_features(input_ids=ids, attention_mask=mask)
+        # A token sees those before it. Given the mask (U,32) alone the library reads a value of it.
+        seen = mask.new_ones(mask.shape[1:] * 2).tril().bool() & mask.bool()[:, None, None, :]
+        text = self.model.get_text_features(input_ids=ids, attention_mask=seen)
         return text.pooler_output.float(), mask.bool()
 
     @torch.no_grad()

@@ -47,8 +47,7 @@ CARDS = (8, 12, 16, 24, 40, 80)
 # blocks too small for the next request take, or the driver. Both are estimates.
 CONTEXT = 500_000_000
 FRAGMENTATION = 0.10
-# Largest batch size that is looked for, images.
-MOST_IMAGES = 4096
+MOST_IMAGES = 4096  # of a batch that is looked for
 
 
 class Tracker(TorchDispatchMode):
@@ -195,7 +194,7 @@ def predict(
         objects: of each row, with masks; more than 16 take no more.
         mask_loss: as for `compute_losses`.
         cached: what batches bring of frozen parts, as `features.cacheable_parts` gives it; the
-            weights of these are on the GPU all the same.
+            backbone's weights are not on the GPU then.
         chunked: whether an earlier chunk of rows has left gradients of the features; None: if there
             are more rows than `max_rows`.
 
@@ -212,7 +211,9 @@ def predict(
     with FakeTensorMode(allow_non_fake_inputs=True), _cuda_rules():
         forward = _fake_forward(forward, model)
         with Tracker() as tracker:
-            sizes, held = _count_static(tracker, forward)
+            released = ["text_encoder."] * forward.is_frozen(*TEXT)
+            absent = (*released, *(["vision_encoder.backbone."] if cached else ()))
+            sizes, held = _count_static(tracker, forward, absent)
             batch = _fake_batch(forward, images, images * prompts, cached)
             peaks, kept = _trace_step(tracker, forward, batch, slice(0, max_rows), loss, chunked)
             del held
@@ -280,6 +281,22 @@ def choose_checkpointing(peak_of: Callable[[str], int], free_bytes: int) -> str:
     return next((m for m in CHECKPOINTING[:-1] if peak_of(m) <= budget), CHECKPOINTING[-1])
 
 
+def resolve_checkpointing(asked: str, forward: Forward, **settings: Any) -> str:
+    """What is asked for; for `auto` the fastest that fits the GPU, `off` elsewhere.
+
+    Args:
+        asked, forward, settings: `hardware.gradient_checkpointing`, and as for `predict`.
+    """
+    if asked != "auto":
+        return asked
+    if forward.device.type != "cuda":
+        return "off"
+    # The prediction holds the weights, which are there already.
+    free = torch.cuda.mem_get_info(forward.device)[0] + torch.cuda.memory_allocated(forward.device)
+    modes = {mode: replace(forward, checkpointing=mode) for mode in CHECKPOINTING}
+    return choose_checkpointing(lambda mode: predict(modes[mode], **settings)["peak"], free)
+
+
 def _without_data(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device."""
     memo: dict[int, torch.Tensor] = {}
@@ -316,13 +333,15 @@ def _blank_tokens(texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "attention_mask": tokens}
 
 
-def _count_static(tracker: Tracker, forward: Forward) -> tuple[dict[str, int], list[torch.Tensor]]:
-    """Bytes of what is there before a step, by kind; and the tensors of it that must be held."""
-    released = "text_encoder." if forward.is_frozen(*TEXT) else ()
+def _count_static(
+    tracker: Tracker, forward: Forward, absent: tuple[str, ...]
+) -> tuple[dict[str, int], list[torch.Tensor]]:
+    """Bytes of what is there before a step, by kind, but for names that begin with one of `absent`;
+    and the tensors of it that must be held."""
     sizes, held = dict.fromkeys(("weights", "adapters", "optimizer", "gradients"), 0), []
     for name, tensor in [*forward.model.named_parameters(), *forward.model.named_buffers()]:
         if not tensor.requires_grad:
-            sizes["weights"] += 0 if name.startswith(released) else tracker.add(tensor)
+            sizes["weights"] += 0 if name.startswith(absent) else tracker.add(tensor)
             continue
         sizes["adapters"] += tracker.add(tensor)
         moments = [torch.empty_like(tensor) for _ in range(2)]
@@ -344,7 +363,7 @@ def _fake_batch(
     channels = model.detr_decoder.query_embed.embedding_dim
     shapes = {
         "trunk": ((images, height, width, hidden), forward.dtype),
-        "memory": ((rows, height * width, channels), torch.float32),
+        "memory": ((rows, height * width, channels), forward.dtype),
         "geometry": ((images, 1, channels), torch.float32),
         "images": ((images, 3, side, side), torch.uint8),
     }

@@ -99,7 +99,8 @@ def _read_config(name: str) -> PretrainedConfig:
     """The configuration of a hub id or folder, of the detector or of the video model."""
     _refuse_other_formats(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        with _quiet_library():
+            config = AutoConfig.from_pretrained(name)
     except Exception as error:  # as in `load_model`
         raise ModelError(_access_hint(name, error)) from error
     if config.model_type not in ("sam3", "sam3_video"):
@@ -188,14 +189,19 @@ def _access_hint(name: str, error: Exception) -> str:
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Holds back the library's progress bars and loading report; ours replaces it."""
+    """Holds back the library's progress bars, loading report and word of each retry; the error
+    that comes in the end, or our report, says what there is to say."""
     verbosity = hf_logging.get_verbosity()
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         hf_logging.set_verbosity(verbosity)
+        hub.setLevel(level)
 
 
 def image_size(model: Sam3Model) -> int:

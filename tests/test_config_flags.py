@@ -237,6 +237,7 @@ def test_a_bug_keeps_its_traceback() -> None:
         run_main(ZeroDivisionError(), [])
 
 
+@pytest.mark.scripts
 def test_interpreter_exits_with_one_line() -> None:
     code = (
         "import sys\n"

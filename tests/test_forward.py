@@ -161,6 +161,7 @@ def test_what_is_given_is_not_computed_and_changes_no_bit(loaded, adapt, given, 
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+@pytest.mark.scripts
 def test_compiled_it_is_one_graph_a_part_with_no_break(loaded, adapt, monkeypatch):
     dynamo, stats = torch._dynamo, torch._dynamo.utils.counters
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

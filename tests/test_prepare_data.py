@@ -287,6 +287,7 @@ def test_yolo(raw, capsys):
     assert "1 of 2 images have no object" in capsys.readouterr().out
 
 
+@pytest.mark.scripts
 def test_command_line(capsys):
     assert prepare_data.main([]) == 2
     assert prepare_data.main(["coco", "--coco_json", "x"]) == 2
