@@ -177,6 +177,10 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
     forward = build_forward(config, model, tokenizer, dtype, train_set.has_masks())
     asked = [text for split in (train_set, val_set) if split for text in split.all_texts()]
     forward.release_text_encoder(asked)
+    cache = None
+    if training.cache_features != "off":
+        folder = training.cache_dir if training.cache_features == "disk" else None
+        cache = FeatureCache(forward, train_set, folder, training.cache_limit_gb)
     batches = math.ceil(len(train_set) / training.batch_size)
     steps_per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     return Run(
@@ -187,6 +191,7 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         val_set=val_set,
         optimizer=engine.build_optimizer(model, training.learning_rate, training.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        cache=cache,
         limits=engine.Limits(training.batch_size, config.hardware.max_rows_per_forward),
         steps_per_epoch=steps_per_epoch,
         total_steps=training.max_steps or steps_per_epoch * training.num_epochs,
@@ -262,17 +267,14 @@ def open_folder(run: Run) -> None:
     describe_run(run)
 
 
-def keep_features(run: Run) -> None:
-    """Builds what is missing of the cache of frozen features, if there is to be one."""
-    training, workers = run.config.training, run.config.hardware.num_workers
-    if training.cache_features == "off":
+def build_features(run: Run) -> None:
+    """Computes what is missing of the cache, if there is one."""
+    if run.cache is None:
         return
-    folder = training.cache_dir if training.cache_features == "disk" else None
-    run.cache = FeatureCache(run.forward, run.train_set, folder, training.cache_limit_gb)
-    missing = run.cache.missing()
+    missing = [[(view, index)] for index, view in run.cache.missing()]
     log.info("%s, %d views to compute", run.cache, len(missing))
     run.train_set.parts = ("image",)
-    photos = build_loader(run.train_set, [[(v, index)] for index, v in missing], workers)
+    photos = build_loader(run.train_set, missing, run.config.hardware.num_workers)
     built = run.cache.build(photos)
     for _ in tqdm(built, "features", len(missing), disable=not sys.stderr.isatty()):
         pass
@@ -289,11 +291,9 @@ def to_training(run: Run) -> None:
 def describe_run(run: Run) -> None:
     """Logs what is trained, on what, and what the data does not allow."""
     log.info("adapters:\n%s", lora_table(run.forward.model))
-    categories = len(run.train_set.split.categories)
-    log.info(
-        "%d images or tiles, %d categories, %d steps in %d epochs",
-        *(len(run.train_set), categories, run.total_steps, run.epochs),
-    )
+    size, categories = len(run.train_set), len(run.train_set.split.categories)
+    steps = f"{run.total_steps} steps in {run.epochs} epochs"
+    log.info("%d images or tiles, %d categories, %s", size, categories, steps)
     if run.val_set is None:
         log.warning("no validation split: the last adapter will be the best_model")
     if not any(run.train_set.split.annotations.values()):
@@ -486,7 +486,7 @@ def main(argv: list[str] | None = None) -> int:
     open_folder(run)
     # 3. Epochs.
     with logging_redirect_tqdm():
-        keep_features(run)
+        build_features(run)
         train(run)
     # 4. The end of the run.
     save_model(run, "last_model")

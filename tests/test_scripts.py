@@ -167,6 +167,58 @@ def test_starting_from_an_adapter(run_dir, tiny_model_dir, data_dir, tmp_path, c
     assert "expected an adapter of this run's settings" in capsys.readouterr().err
 
 
+def test_cached_features_train_the_same_adapter(tiny_model_dir, data_dir, tmp_path, monkeypatch):
+    """Two epochs of one run, cut in the middle and resumed, against one without a cache."""
+    adapters = []
+    for name in ("off", "ram", "disk"):
+        more = ("--cache_features", name, "--cache_dir", str(tmp_path / "cache"))
+        more += ("--prompt_pool", "3", "--augment", "false", "--num_epochs", "2")
+        args = train_args(tiny_model_dir, data_dir, tmp_path / name, *more)
+        if name == "disk":
+            steps = read_log(tmp_path / "ram")[-1]["step"]
+            assert train_sam3_lora.main([*args, "--max_steps", str(steps // 2)]) == 0
+            args += ["--max_steps", str(steps), "--resume"]
+        assert train_sam3_lora.main(args) == 0
+        adapters.append(tmp_path / name / "last_model" / "lora_weights.pt")
+    plain, *cached = (torch.load(file, weights_only=True)["lora"] for file in adapters)
+    # The learning rate of the run that was cut went another way.
+    assert all(torch.equal(plain[name], cached[0][name]) for name in plain)
+    assert (tmp_path / "cache").is_dir()
+    assert "0 views to compute" in (tmp_path / "disk" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--lora_apply_to_vision_encoder", "true"),
+            "training.cache_features is disk: expected a frozen vision encoder, found",
+        ),
+        (("--cache_limit_gb", "1e-6"), "cache_limit_gb: expected at most 1e-06 GB, found 0.00"),
+        (("--cache_views", "0"), "training.cache_views is '0', expected a whole number at least 1"),
+    ],
+)
+def test_features_that_cannot_be_kept(tiny_model_dir, data_dir, tmp_path, capsys, flags, message):
+    cache = ("--cache_features", "disk", "--cache_dir", str(tmp_path / "cache"))
+    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", *cache, *flags)
+    assert train_sam3_lora.main(args) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_dry_run_writes_nothing(tiny_model_dir, tmp_path, capsys):
+    args = train_args(tiny_model_dir, tmp_path / "no_data", tmp_path / "run", "--dry_run")
+    assert train_sam3_lora.main(args) == 0
+    text = capsys.readouterr().out
+    assert "detr_decoder.layers.*.self_attn.(q_proj|k_proj|v_proj|o_proj)" in text
+    assert "for batch_size 2, 3 prompts an image, 8 rows per forward, bfloat16" in text
+    assert "largest batch_size" in text and "24 GiB" in text
+    assert list(tmp_path.iterdir()) == []
+    args[args.index("--model_name") + 1] = str(tmp_path)
+    assert train_sam3_lora.main(args) == 2
+    assert "expected config.json in the folder" in capsys.readouterr().err
+
+
 def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
     """A key that no run reads would be a promise to users that nothing keeps."""
     read = set()
@@ -180,7 +232,8 @@ def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
         return get
 
     sections = {f.name: f.default for f in dataclasses.fields(config_module.Config)}
-    args = train_args(tiny_model_dir, data_dir, tmp_path / "run")
+    cache = ("--cache_features", "disk", "--cache_dir", str(tmp_path / "cache"))
+    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", *cache)
     parsed = train_sam3_lora.build_parser().parse_args(args)
     config = config_module.config_from_args(parsed)
     monkeypatch.setattr(train_sam3_lora, "config_from_args", lambda _: config)
