@@ -152,6 +152,7 @@ def build_batches(forward: Forward, split: CocoSplit, config: Config) -> Iterabl
     model = forward.model
     dataset = PromptDataset(split, image_size(model), num_queries(model), train=False)
     forward.masks = dataset.has_masks()
+    forward.release_text_encoder(dataset.all_texts())
     batches = epoch_batches(len(dataset), 1, 0, 0, shuffle=False)
     return build_loader(dataset, batches, config.hardware.num_workers)
 

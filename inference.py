@@ -413,6 +413,7 @@ def main(argv: list[str] | None = None) -> int:
     # 2. The model.
     forward, phrases = build_forward(args, options)
     prompts = use_trained_phrases(prompts, phrases)
+    forward.release_text_encoder(prompts.texts)
     # 3. Image by image.
     positive = [b for b, label in zip(prompts.boxes_xyxy, prompts.labels, strict=True) if label]
     rows: list[dict[str, Any]] = []
