@@ -214,6 +214,9 @@ def test_dry_run_writes_nothing(tiny_model_dir, tmp_path, capsys):
     assert "for batch_size 2, 3 prompts an image, 8 rows per forward, bfloat16" in text
     assert "largest batch_size" in text and "24 GiB" in text
     assert list(tmp_path.iterdir()) == []
+    trained = [*args, "--cache_features", "ram", "--lora_apply_to_vision_encoder"]
+    assert train_sam3_lora.main(trained) == 2
+    assert "expected a frozen vision encoder" in capsys.readouterr().err
     args[args.index("--model_name") + 1] = str(tmp_path)
     assert train_sam3_lora.main(args) == 2
     assert "expected config.json in the folder" in capsys.readouterr().err
