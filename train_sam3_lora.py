@@ -313,7 +313,7 @@ def resume(run: Run) -> None:
     load_lora_state_dict(run.forward.model, content["lora"])
     state = checkpoint.read_checkpoint(newest)
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    run.scaler.load_state_dict(state["scaler"] or run.scaler.state_dict())  # empty but of fp16
     run.step, run.best, run.figure = state["step"], state["best"], state["figure"]
     run.evaluated = run.step if run.figure else -1
     checkpoint.restore_rng(state["rng"])
