@@ -147,12 +147,15 @@ def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, st
     return forward, f"{name} + {weights}" if weights else name
 
 
-def build_batches(forward: Forward, split: CocoSplit, config: Config) -> Iterable[dict[str, Any]]:
+def build_batches(
+    forward: Forward, split: CocoSplit, config: Config, compare: bool
+) -> Iterable[dict[str, Any]]:
     """Batches of one image with all its prompts; turns masks off where the split has none."""
     model = forward.model
     dataset = PromptDataset(split, image_size(model), num_queries(model), train=False)
     forward.masks = dataset.has_masks()
-    forward.release_text_encoder(dataset.all_texts())
+    if not compare:  # the base reads the prompts again
+        forward.release_text_encoder(dataset.all_texts())
     batches = epoch_batches(len(dataset), 1, 0, 0, shuffle=False)
     return build_loader(dataset, batches, config.hardware.num_workers)
 
@@ -254,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Every category on every image.
     forward, subject = build_forward(args, config)
     log.info("%s on %s: %d of %d images", subject, folder, len(split.images), total)
-    batches = build_batches(forward, split, config)
+    batches = build_batches(forward, split, config, args.compare)
     summary, results = run_evaluation(forward, batches, split, config)
     described = {"model": subject, "data": str(folder), "split": args.split, **summary}
     found = {"detections.json": results}
@@ -262,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     # 3. The base model that is under the adapter.
     if args.compare:
         remove_lora(forward.model)
+        forward.texts.clear()  # which an adapter may have read
         log.info("its base on the same images")
         base, found["base_detections.json"] = run_evaluation(forward, batches, split, config)
         described["base"] = base

@@ -226,6 +226,9 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
 def _draw_mask(x: torch.Tensor, dtype: torch.dtype, p: float, seed: int) -> torch.Tensor:
     """For x (..., in): (n, in) of ones, and zeros with probability p; the same for a seed."""
     generator = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(seed)
+    if x.is_mps:  # which has no random integers of 64 bits
+        mask = torch.empty(x.shape, dtype=dtype, device=x.device)
+        return mask.bernoulli_(1 - p, generator=generator).view(-1, x.shape[-1])
     # 16 random bits an entry, drawn four at a time: as exact as p need be, and on a CPU much
     # cheaper than `bernoulli_`, for the mask is drawn twice.
     words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)

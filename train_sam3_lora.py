@@ -230,13 +230,13 @@ def memory_settings(config: Config, forward: Forward) -> dict[str, Any]:
 
 def describe_dry_run(config: Config) -> str:
     """What a run would train and the GPU memory it would take; needs no weights, data or GPU."""
+    check_trainable(config, has_masks=True)
     device, precision = choose_device(config.hardware.device), config.hardware.mixed_precision
     precision = "bf16" if (precision, device.type) == ("auto", "cpu") else precision
     model, stands_in = load_meta_model(config.model.name)
     apply_lora(model, lora_config(config))
     forward = build_forward(config, model, None, compute_dtype(precision, device))
-    settings = memory_settings(config, forward)
-    return memory.dry_run_text(forward, stands_in=stands_in, **settings)
+    return memory.dry_run_text(forward, stands_in=stands_in, **memory_settings(config, forward))
 
 
 def open_folder(run: Run) -> None:
@@ -313,7 +313,7 @@ def resume(run: Run) -> None:
     load_lora_state_dict(run.forward.model, content["lora"])
     state = checkpoint.read_checkpoint(newest)
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    run.scaler.load_state_dict(state["scaler"] or run.scaler.state_dict())  # empty but of fp16
     run.step, run.best, run.figure = state["step"], state["best"], state["figure"]
     run.evaluated = run.step if run.figure else -1
     checkpoint.restore_rng(state["rng"])

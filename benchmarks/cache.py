@@ -105,6 +105,7 @@ def gradients(step: Callable[[], Any], model: torch.nn.Module) -> list[torch.Ten
     """The adapters' gradients in a step, which is then taken back."""
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
+    torch.manual_seed(0)  # of dropout and sampled points
     step()
     for parameter, value in zip(trained, before, strict=True):
         parameter.data.copy_(value)
@@ -141,10 +142,8 @@ def measure(args: argparse.Namespace, prompts: int, folder: Path) -> dict[str, A
         LIBRARY: lambda: library_step(library, config, theirs, batch),
     }
     if args.device.type == "cpu":
-        model.eval()  # dropout would draw other numbers each time
         pairs = zip(*(gradients(steps[name], model) for name in (CACHED, PLAIN)), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs), "other gradients"
-        train_adapted(model)
     seconds = take_turns(steps, args.repeats, args.device)
     row = {"images": args.batch_size, "prompts": prompts, "mask loss": args.mask_loss}
     row |= {"kept": ", ".join(cache.parts), "MB an image": cache.bytes / args.batch_size / 1e6}

@@ -159,7 +159,7 @@ def train_one_epoch(
 
     Raises:
         LossError: a loss or gradient is not finite; no parameter has moved.
-        torch.OutOfMemoryError: one image and one row at a time do not fit either; likewise.
+        TooLargeError: one image and one row at a time do not fit either; likewise.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     iterator, started = iter(batches), time.perf_counter()
@@ -206,9 +206,9 @@ def _within_memory(work: Callable[[], Any], limits: Limits, images: int, rows: i
         except torch.OutOfMemoryError as error:
             if not limits.halve(images, rows):
                 raise TooLargeError(
-                    "out of memory with one image and one row at a time; set "
-                    "--gradient_checkpointing full, adapt fewer components, or compare masks at "
-                    "fewer pixels with --mask_loss native"
+                    "out of memory with one image and one row at a time; take --device cpu or, in "
+                    "training, --gradient_checkpointing full, fewer components, or masks compared "
+                    "at fewer pixels, --mask_loss native"
                 ) from error
         # Not inside `except`: its traceback holds what the failed try had allocated.
         torch.cuda.empty_cache()
@@ -321,10 +321,14 @@ def evaluate(
         For every chunk of rows `batch`, `rows` (a slice of the batch's rows), `outputs`, `counts`
         of the batch, and `losses`, numbers whose sum over a batch's chunks is that batch's loss.
         The caller sets eval mode.
+
+    Raises:
+        TooLargeError: as `train_one_epoch`.
     """
     limits = Limits(1, max_rows)
     for batch in batches:
-        features, counts = forward.encode(batch), count(batch["targets"])
+        features = _within_memory(partial(forward.encode, batch), limits, 1, 1)
+        counts = count(batch["targets"])
         start, total = 0, len(batch["texts"])
         while start < total:
             work = partial(_chunk, forward, criterion, features, batch, counts, limits, start)

@@ -24,6 +24,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -262,5 +263,7 @@ def _image_digest(path: Path) -> str:
 def _remove_abandoned(folder: Path) -> None:
     """Removes files that a killed process did not finish."""
     for path in folder.glob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > ABANDONED:
-            path.unlink(missing_ok=True)
+        # Another process may finish or remove it meanwhile.
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()

@@ -191,7 +191,7 @@ def predict(
         images: of a micro-batch.
         prompts: rows of each image.
         max_rows: most rows in one forward of the heads.
-        objects: of each row, with masks; more than 16 take no more.
+        objects: of each row, with masks; more than `MASKS_AT_ONCE` take no more.
         mask_loss: as for `compute_losses`.
         cached: what batches bring of frozen parts, as `features.cacheable_parts` gives it; the
             backbone's weights are not on the GPU then.
@@ -411,7 +411,7 @@ def _trace_step(
 def _loss(outputs: Outputs, size: int, count: int, kind: str) -> torch.Tensor:
     """A sum that keeps and makes what `compute_losses` does.
 
-    Its large tensors are those of masks: the matched ones of a row at a time, at most 16 together,
+    Its large tensors are those of masks: the matched ones of a row at a time, a few together,
     and every row's semantic map. The matching itself, boxes and scores are small.
     """
     total = sum(v.float().sum() for k, v in outputs.items() if k not in ("pixel_embed", "semantic"))

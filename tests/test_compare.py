@@ -18,7 +18,10 @@ from sam3_lora.metrics import format_comparison
 from sam3_lora.model import load_model
 
 LORA = LoRAConfig(
-    rank=2, alpha=4.0, target_modules=("v_proj",), components=("vision_encoder", "detr_decoder")
+    rank=2,
+    alpha=4.0,
+    target_modules=("v_proj",),
+    components=("vision_encoder", "text_encoder", "detr_decoder"),
 )
 HEIGHT, WIDTH = CELL_SIZE
 FILES = {"metrics.json", "detections.json", "base_detections.json", "panel.png"}

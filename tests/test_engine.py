@@ -12,6 +12,7 @@ from lora_layers import COMPONENTS, LoRAConfig, apply_lora, lora_modules, lora_s
 from sam3_lora.engine import (
     Limits,
     LossError,
+    TooLargeError,
     _split,
     build_optimizer,
     evaluate,
@@ -401,10 +402,12 @@ def test_out_of_memory_with_one_image_and_one_row_stops(loaded, caplog, images, 
     forward = adapted(loaded)
     before = lora_state_dict(forward.model)
     forward = SmallMemory(forward, images, rows)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(TooLargeError):
         train(forward, [make_batch([0, 1, 2])])
     assert parts_tried(forward)[-1] in (("images", 1), ("rows", 1))
     assert all(float(v.abs().max()) == 0 for v in updates(forward, before).values())
+    with pytest.raises(TooLargeError):
+        list(evaluate(forward, CRITERION, count_targets, [make_batch([0])]))
     assert caplog.messages == []
 
 

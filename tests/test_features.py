@@ -126,6 +126,8 @@ def test_a_killed_build_goes_on(adapt, folder, tmp_path):
     left, fresh = where / ".old.1.tmp", where / ".new.2.tmp"
     for path in (left, fresh):
         path.write_bytes(b"half a file")
+    # A file that another process finishes between the listing and the look at it.
+    (where / ".gone.3.tmp").symlink_to("nowhere")
     past = left.stat().st_mtime - ABANDONED - 1
     for path in (left, *whole):
         os.utime(path, (past, past))

@@ -1,6 +1,7 @@
 """One LoRA layer: its formula, its gradients, its dropout, and what it keeps for backward."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from benchmarks.lora_linear import build, saved_bytes
-from lora_layers import AdapterError, LoRALinear
+from lora_layers import AdapterError, LoRALinear, _draw_mask
 
 # A product that torch's counter leaves out.
 IN_PLACE = {torch.ops.aten.addmm_: lambda y, a, b, out_shape: addmm_flop(y, a, b)}
@@ -183,6 +184,16 @@ def test_no_product_that_is_not_asked_for(needed):
 
 
 # Dropout ------------------------------------------------------------------------------------------
+
+
+def test_dropout_draws_no_wide_integers_on_a_mac(monkeypatch):
+    x = SimpleNamespace(shape=(40, 50), device=torch.device("cpu"), is_meta=False, is_mps=True)
+    x.numel = lambda: 2000
+    monkeypatch.setattr(torch.Tensor, "random_", None)
+    mask, again, other = (_draw_mask(x, torch.float32, 0.25, seed) for seed in (1, 1, 2))
+    assert torch.equal(mask, again) and not torch.equal(mask, other)
+    assert mask.shape == (40, 50) and mask.unique().tolist() == [0, 1]
+    assert float(mask.mean()) == pytest.approx(0.75, abs=0.05)
 
 
 def test_dropout_has_its_distribution():
