@@ -132,6 +132,7 @@ def build_datasets(
     training = config.training
     size, queries = image_size(model), num_queries(model)
     cached = training.cache_features != "off"
+    moves = training.augment or training.flip_probability > 0
     train_set = PromptDataset(
         splits[0],
         size,
@@ -140,7 +141,7 @@ def build_datasets(
         prompts_per_image=training.prompts_per_image,
         out_of_domain_prompts=training.out_of_domain_prompts,
         prompt_pool=training.prompt_pool or (training.prompts_per_image if cached else None),
-        views=training.cache_views if cached else None,
+        views=(training.cache_views if moves else 1) if cached else None,
         augment=training.augment,
         flip_probability=training.flip_probability,
         over_queries=training.over_queries,
@@ -293,7 +294,10 @@ def describe_run(run: Run) -> None:
     log.info("adapters:\n%s", lora_table(run.forward.model))
     size, categories = len(run.train_set), len(run.train_set.split.categories)
     steps = f"{run.total_steps} steps in {run.epochs} epochs"
+    steps += f", from {run.cache}" if run.cache else ""
     log.info("%d images or tiles, %d categories, %s", size, categories, steps)
+    if run.forward.compiled:
+        log.info("compiling: minutes at the first step, and at each new size of a batch")
     if run.val_set is None:
         log.warning("no validation split: the last adapter will be the best_model")
     if not any(run.train_set.split.annotations.values()):
@@ -320,12 +324,6 @@ def resume(run: Run) -> None:
     checkpoint.cut_log(run.folder / "log.jsonl", run.step)
     finished = "; it is finished: raise --max_steps" if run.step >= run.total_steps else ""
     log.info("resuming %s at step %d of %d%s", newest, run.step, run.total_steps, finished)
-
-
-def append_log(run: Run, row: dict[str, Any]) -> None:
-    """One line of log.jsonl."""
-    with (run.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def evaluate_now(run: Run) -> None:
@@ -357,7 +355,7 @@ def evaluate_now(run: Run) -> None:
     # Early figures tie at 0 or are undefined; the lower loss decides then.
     run.figure = [-1.0 if chosen is None else chosen, -run.val["loss"]]
     log.info("step %d, validation: %s", run.step, describe(run.val))
-    append_log(run, {"step": run.step, "val": run.val})
+    checkpoint.append_log(run.folder, {"step": run.step, "val": run.val})
     if run.best is None or run.figure > run.best:
         run.best = run.figure
         save_model(run, "best_model")
@@ -444,7 +442,7 @@ def train_epoch(run: Run, epoch: int) -> None:
             if run.step % output.logging_steps == 0 or run.step == run.total_steps:
                 row = engine.mean_record(run.records, run.forward.device)
                 run.records = []
-                append_log(run, {**row, "epoch": epoch + 1})
+                checkpoint.append_log(run.folder, {**row, "epoch": epoch + 1})
                 text = engine.progress_text(row)
                 log.info("step %d/%d: %s", run.step, run.total_steps, text)
                 bar.set_postfix_str(text)
@@ -480,13 +478,13 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.check_folder(config.output.output_dir, config.output.resume)
     data, most = config.training, config.evaluation.max_val_images
     splits = read_splits(data.train_data_path, data.val_data_path, most)
-    # 2. Model, adapters, optimizer; nothing is written until all of it stands.
+    # 2. Model, adapters, optimizer, features; the run's folder stays as it is until all stands.
     engine.seed_everything(config.training.seed)
     run = build_run(config, splits)
-    open_folder(run)
-    # 3. Epochs.
     with logging_redirect_tqdm():
         build_features(run)
+        open_folder(run)
+        # 3. Epochs.
         train(run)
     # 4. The end of the run.
     save_model(run, "last_model")

@@ -301,6 +301,12 @@ def is_run(folder: Path) -> bool:
     return (folder / "train.log").is_file()
 
 
+def append_log(folder: Path, row: dict[str, Any]) -> None:
+    """Adds a line to log.jsonl of a run's folder."""
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def cut_log(log_file: Path, step: int) -> None:
     """Drops the lines of log.jsonl after a step, and a last one that a kill left half-written."""
     kept = []

@@ -140,6 +140,8 @@ class PromptDataset(Dataset):
         view = epoch % self.views if self.views else epoch
         place = self.placement(index, view) if self.views else self._place(rng)
         objects, annotations, (height, width) = self._visible(index)
+        if self.prompt_pool:  # the same draw whether a view was placed before or now
+            rng = np.random.default_rng((self.seed, epoch, index, 1))
         categories = self._choose_prompts(index, objects, annotations, rng)
         # As in Meta's data a crowd is no object, and background to the union of masks.
         annotated = Counter(a["category_id"] for a in annotations if not a["iscrowd"])

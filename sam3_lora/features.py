@@ -13,7 +13,11 @@ copy them. An image is kept in a number of views (placements) with a fixed list 
 The key of a view is a SHA-256 over the image file, its tile, view and prompts, the weights of the
 parts, precision and versions: what has changed is not found, and computed again. A file appears
 whole or not at all, so any number of processes may read and fill one folder, and a build that was
-killed goes on.
+killed goes on. Nothing removes what is no longer asked for; a folder of features may be deleted at
+any time.
+
+Under fp32 training from the cache is the same to the last bit (on a CPU); under bf16 and fp16
+memory is rounded to that.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +35,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 
 # Raised when what a key stands for, or the content of a file, changes.
 FORMAT = 1
-# Seconds after which an unfinished file belongs to a process that is no more.
+# Seconds after which an unfinished file belongs to a process that is no more; and its name.
 ABANDONED = 3600
+UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.\d+\.tmp")
 
 Batch = dict[str, Any]
 View = tuple[int, int]  # index of the item, number of its placement
@@ -91,13 +98,15 @@ class FeatureCache:
         # What the text encoder makes of a prompt stands for its weights.
         prompts = {text: _digest(forward.texts[text][0]) for t in self.texts for text in t}
         with ThreadPoolExecutor() as pool:
-            images = list(pool.map(_image_digest, (dataset.image_of(i)[0] for i in range(count))))
+            files = list(dict.fromkeys(dataset.image_of(i)[0] for i in range(count)))
+            images = dict(zip(files, pool.map(_image_digest, files), strict=True))
         self.keys: dict[View, str] = {}
         for index in range(count):
             for view in range(dataset.views):
-                place = (dataset.image_of(index)[1], dataset.placement(index, view))
+                file, tile = dataset.image_of(index)
+                place = (tile, dataset.placement(index, view))
                 texts = [(text, prompts[text]) for text in self.texts[index]]
-                words = (model, images[index], place, texts)
+                words = (model, images[file], place, texts)
                 self.keys[index, view] = hashlib.sha256(repr(words).encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -120,8 +129,9 @@ class FeatureCache:
             if size <= limit_gb:
                 return self.parts
         raise FeatureError(
-            f"training.cache_limit_gb: expected at most {limit_gb:g} GB, found {size:.3g} GB of "
-            "features; lower --cache_views or --prompts_per_image, or raise it"
+            f"training.cache_limit_gb: expected at most {limit_gb:g} GB, found at least {size:.3g} "
+            "GB of features; lower --cache_views or the prompts (--prompt_pool, else "
+            "--prompts_per_image), or raise it"
         )
 
     def missing(self) -> list[View]:
@@ -134,10 +144,12 @@ class FeatureCache:
 
         Args:
             batches: of one image each, with `images` and `views`: those of `missing`.
+
+        Raises:
+            FeatureError: the folder cannot be written, or has not the room.
         """
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.folder)
+        if self.folder and (missing := self.missing()):
+            self._make_room(sum(self._view_bytes(index) for index, _ in missing))
         for batch in batches:
             (view,) = batch["views"]
             self._keep(view, self._compute(batch["images"], self.texts[view[0]]))
@@ -193,8 +205,30 @@ class FeatureCache:
             self.in_ram[key] = content
             return
         temporary = self.folder / f".{key}.{os.getpid()}.tmp"
-        save_file(content, temporary)
-        os.replace(temporary, self._path(view))
+        try:
+            temporary.write_bytes(save(content))
+            os.replace(temporary, self._path(view))
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._unwritable(error.strerror) from error
+
+    def _make_room(self, needed: int) -> None:
+        """Makes the folder and sees to it that so many bytes go in."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(self.folder)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise self._unwritable(error.strerror) from error
+        if free < needed:
+            raise self._unwritable(f"{free / 1e9:.3g} GB free where {needed / 1e9:.3g} are needed")
+
+    def _unwritable(self, reason: str) -> FeatureError:
+        """What is wrong with the folder, and what to do."""
+        return FeatureError(
+            f"training.cache_dir: expected a folder to write features to, found {self.folder}: "
+            f"{reason}; name another with --cache_dir, or use --cache_features ram"
+        )
 
     def _load(self, view: View) -> dict[str, torch.Tensor]:
         """The features of a view."""
@@ -213,7 +247,13 @@ class FeatureCache:
         if self.folder is None:
             return self.keys[view] in self.in_ram
         path = self._path(view)
-        return path.is_file() and path.stat().st_size >= self._view_bytes(view[0])
+        try:
+            if path.stat().st_size < self._view_bytes(view[0]):
+                return False
+            with safe_open(path, "pt") as file:
+                return set(file.keys()) == set(self.parts)
+        except (OSError, SafetensorError):
+            return False
 
     def _path(self, view: View) -> Path:
         """The file of a view."""
@@ -239,7 +279,10 @@ def _model_digest(forward: Any, parts: tuple[str, ...]) -> str:
     """A digest of all that features depend on but the image: weights, precision, versions."""
     versions = [importlib.metadata.version(name) for name in ("torch", "torchvision")]
     versions.append(importlib.metadata.version("transformers"))
+    config = forward.model.config
+    shapes = (config.vision_config, config.geometry_encoder_config, config.detr_encoder_config)
     settings = (FORMAT, parts, versions, str(forward.dtype), forward.geometry_cls, forward.grid)
+    settings += tuple(part.to_json_string() for part in shapes)
     digest = hashlib.sha256(repr(settings).encode())
     memory = ("geometry_encoder", "detr_encoder") if "memory" in parts else ()
     for name in ("vision_encoder", *memory):
@@ -262,7 +305,7 @@ def _image_digest(path: Path) -> str:
 
 def _remove_abandoned(folder: Path) -> None:
     """Removes files that a killed process did not finish."""
-    for path in folder.glob(".*.tmp"):
+    for path in filter(lambda path: UNFINISHED.fullmatch(path.name), folder.iterdir()):
         # Another process may finish or remove it meanwhile.
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > ABANDONED:

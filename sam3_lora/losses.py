@@ -278,7 +278,7 @@ def _mask_terms(
 class MaskLosses(torch.autograd.Function):
     """Focal loss, dice loss and IoU (m,) of logits (m,h,w) with masks (m,S,S).
 
-    The forward pass takes the gradients as well, each a map of h x w. Autograd would keep a dozen
+    The forward pass takes the gradients as well, each a map of h x w. Autograd would keep nine
     maps of S x S, 37 MB a mask at 1008 pixels, or make them twice.
     """
 

@@ -478,13 +478,12 @@ def dry_run_text(
     for card in CARDS:
         free = card * 2**30 - CONTEXT
         chosen = choose_checkpointing(peaks.__getitem__, free)
-        cells = [largest_batch(fits[mode], free) for mode in CHECKPOINTING]
+        counts = [largest_batch(fits[mode], free) for mode in CHECKPOINTING]
+        cells = [f"{n}+" if n == MOST_IMAGES else n for n in counts]
         cells.append(chosen if peaks[chosen] <= usable(free) else "none")
         lines.append(f"{card} GiB".ljust(8) + "".join(f"{cell:>8}" for cell in cells))
-    lines.append(
-        f"set aside: {CONTEXT / 1e9:.1f} GB for CUDA itself, {FRAGMENTATION:.0%} for fragmentation"
-    )
-    return "\n".join(lines)
+    aside = f"{CONTEXT / 1e9:.1f} GB for CUDA itself, {FRAGMENTATION:.0%} for fragmentation"
+    return "\n".join([*lines, f"set aside: {aside}"])
 
 
 def _name_lines(model: nn.Module) -> list[str]:

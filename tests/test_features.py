@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,9 @@ def adapt(loaded):
 
 
 def make_set(folder, **options) -> PromptDataset:
-    settings = {"prompts_per_image": 3, "prompt_pool": 4, "views": VIEWS, "flip_probability": 0.5}
+    # Two categories and two words, of which three are asked for.
+    settings = {"prompts_per_image": 3, "prompt_pool": 4, "out_of_domain_prompts": 2}
+    settings |= {"views": VIEWS, "flip_probability": 0.5}
     return PromptDataset(read_split(folder), 112, 16, train=True, seed=3, **settings | options)
 
 
@@ -109,8 +112,8 @@ def test_the_size_is_known_before_and_bounds_what_is_kept(adapt, folder):
     full = make_cache(forward, dataset)
     kept = sum(t.nbytes for content in full.in_ram.values() for t in content.values())
     assert full.bytes == kept
-    # 8 views of 64 tokens of 64 channels, fp32: 3 prompts, one token, the levels 20 times as fine.
-    assert kept == 8 * 4 * (3 * 64 * 64 + 64 + 20 * 64 * 64)
+    # 8 views of 64 tokens of 64 channels, fp32: 4 prompts, one token, the levels 20 times as fine.
+    assert kept == 8 * 4 * (4 * 64 * 64 + 64 + 20 * 64 * 64)
     small = FeatureCache(forward, dataset, None, kept / 2 / 1e9)
     assert small.parts == ("memory", "geometry", "trunk")
     with pytest.raises(FeatureError, match=r"cache_limit_gb: expected at most 1e-05 GB, found"):
@@ -123,18 +126,20 @@ def test_a_killed_build_goes_on(adapt, folder, tmp_path):
     assert len(cache.missing()) == IMAGES * VIEWS - 3
     cut, *whole = sorted(where.iterdir())
     cut.write_bytes(cut.read_bytes()[:-9])
-    left, fresh = where / ".old.1.tmp", where / ".new.2.tmp"
-    for path in (left, fresh):
+    left, fresh, foreign = (
+        where / f".{name}.tmp" for name in (f"{'0' * 64}.1", f"{'1' * 64}.2", "precious")
+    )
+    for path in (left, fresh, foreign):
         path.write_bytes(b"half a file")
     # A file that another process finishes between the listing and the look at it.
     (where / ".gone.3.tmp").symlink_to("nowhere")
     past = left.stat().st_mtime - ABANDONED - 1
-    for path in (left, *whole):
+    for path in (left, foreign, *whole):
         os.utime(path, (past, past))
     again = make_cache(adapt(*DECODER), make_set(folder), where)
     assert again.missing() == []
     assert all(path.stat().st_mtime == past for path in whole)
-    assert fresh.exists() and not left.exists()
+    assert fresh.exists() and foreign.exists() and not left.exists()
     # The other run reads what this one wrote.
     assert cache.missing() == []
 
@@ -151,7 +156,7 @@ def test_what_has_changed_is_not_found(adapt, folder, tmp_path, loaded):
     assert missing(views=3) == IMAGES
     assert missing(components=HEADS) == IMAGES * VIEWS
     assert missing(augment=False, flip_probability=0.0) == IMAGES
-    assert missing(prompt_pool=2) == IMAGES * VIEWS
+    assert missing(prompt_pool=3) == IMAGES * VIEWS
     assert missing(forward={"geometry_cls": "hf"}) == IMAGES * VIEWS
     photo = Image.open(folder / "0.png").convert("RGB")
     photo.putpixel((0, 0), (1, 2, 3))
@@ -166,6 +171,25 @@ def test_what_has_changed_is_not_found(adapt, folder, tmp_path, loaded):
             parameter += 1
             assert missing() == IMAGES * VIEWS
             parameter -= 1
+
+
+def test_a_file_with_a_broken_head_is_made_again(adapt, folder, tmp_path):
+    make_cache(adapt(*DECODER), make_set(folder), tmp_path / "cache")
+    broken = next((tmp_path / "cache").iterdir())
+    broken.write_bytes(b"\xff" * broken.stat().st_size)
+    cache = FeatureCache(adapt(*DECODER), make_set(folder), tmp_path / "cache", 1.0)
+    assert len(cache.missing()) == 1
+
+
+def test_a_folder_that_cannot_be_written(adapt, folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FeatureError, match="cache_dir: expected a folder to write features to"):
+        make_cache(adapt(*DECODER), make_set(folder), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(FeatureError, match="1e-06 GB free where .* are needed; name another"):
+        make_cache(adapt(*DECODER), make_set(folder), tmp_path / "small")
+    assert list((tmp_path / "small").iterdir()) == []
 
 
 def test_a_damaged_file_is_named(adapt, folder, tmp_path):

@@ -168,12 +168,12 @@ def test_starting_from_an_adapter(run_dir, tiny_model_dir, data_dir, tmp_path, c
     assert "expected an adapter of this run's settings" in capsys.readouterr().err
 
 
-def test_cached_features_train_the_same_adapter(tiny_model_dir, data_dir, tmp_path, monkeypatch):
+def test_cached_features_train_the_same_adapter(tiny_model_dir, data_dir, tmp_path, caplog):
     """Two epochs of one run, cut in the middle and resumed, against one without a cache."""
     adapters = []
     for name in ("off", "ram", "disk"):
         more = ("--cache_features", name, "--cache_dir", str(tmp_path / "cache"))
-        more += ("--prompt_pool", "3", "--augment", "false", "--num_epochs", "2")
+        more += ("--prompt_pool", "4", "--augment", "false", "--num_epochs", "2")
         args = train_args(tiny_model_dir, data_dir, tmp_path / name, *more)
         if name == "disk":
             steps = read_log(tmp_path / "ram")[-1]["step"]
@@ -185,7 +185,8 @@ def test_cached_features_train_the_same_adapter(tiny_model_dir, data_dir, tmp_pa
     # The learning rate of the run that was cut went another way.
     assert all(torch.equal(plain[name], cached[0][name]) for name in plain)
     assert (tmp_path / "cache").is_dir()
-    assert "0 views to compute" in (tmp_path / "disk" / "train.log").read_text()
+    assert "0 views to compute" in caplog.text
+    assert "from features (memory, geometry" in (tmp_path / "disk" / "train.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,10 @@ def test_cached_features_train_the_same_adapter(tiny_model_dir, data_dir, tmp_pa
             ("--lora_apply_to_vision_encoder", "true"),
             "training.cache_features is disk: expected a frozen vision encoder, found",
         ),
-        (("--cache_limit_gb", "1e-6"), "cache_limit_gb: expected at most 1e-06 GB, found 0.00"),
+        (
+            ("--cache_limit_gb", "1e-6"),
+            "cache_limit_gb: expected at most 1e-06 GB, found at least 0.0003",
+        ),
         (("--cache_views", "0"), "training.cache_views is '0', expected a whole number at least 1"),
     ],
 )
@@ -204,7 +208,20 @@ def test_features_that_cannot_be_kept(tiny_model_dir, data_dir, tmp_path, capsys
     args = train_args(tiny_model_dir, data_dir, tmp_path / "run", *cache, *flags)
     assert train_sam3_lora.main(args) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_run_stays_where_the_next_one_cannot_keep_its_features(
+    tiny_model_dir, data_dir, tmp_path, capsys
+):
+    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", "--max_steps", "1")
+    assert train_sam3_lora.main(args) == 0
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    (tmp_path / "file").write_text("mine")
+    cache = ("--cache_features", "disk", "--cache_dir", str(tmp_path / "file"), "--overwrite")
+    assert train_sam3_lora.main([*args, *cache]) == 2
+    assert "training.cache_dir: expected a folder to write features to" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 def test_dry_run_writes_nothing(tiny_model_dir, tmp_path, capsys):
