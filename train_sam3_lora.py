@@ -483,8 +483,9 @@ def main(argv: list[str] | None = None) -> int:
     run = build_run(config, splits)
     with logging_redirect_tqdm():
         build_features(run)
-        open_folder(run)
-        # 3. Epochs.
+    open_folder(run)
+    # 3. Epochs.
+    with logging_redirect_tqdm():
         train(run)
     # 4. The end of the run.
     save_model(run, "last_model")
