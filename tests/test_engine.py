@@ -252,6 +252,7 @@ def test_gradients_are_clipped_to_their_norm(loaded):
     assert norm(loose) == pytest.approx(norm(free), rel=1e-4)
 
 
+@pytest.mark.scripts
 def test_a_step_reads_no_more_values_than_its_forward(loaded, value_reads):
     """A GPU would be waited for at each; the record's one copy is not among them on a CPU."""
     forward, batch = adapted(loaded, COMPONENTS), make_batch([0, 1, 2])

@@ -482,6 +482,7 @@ def test_a_query_of_two_objects_has_one_goal():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.scripts
 def test_values_are_read_once(monkeypatch, value_reads):
     """A GPU is waited for where the costs are copied to the CPU, and nowhere else."""
     targets = random_targets(SIZES, MASKED)

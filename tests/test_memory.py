@@ -24,6 +24,8 @@ MINIMAL = LoRAConfig(rank=8, alpha=16, components=("detr_decoder",))
 FULL = LoRAConfig(
     target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"), components=COMPONENTS
 )
+pytestmark = pytest.mark.scripts  # each trace takes a second or more
+
 SIZES = {"images": 2, "prompts": 4, "max_rows": 4}
 OBJECTS = 2
 # Bytes of a tensor beyond what it holds: blocks are rounded up, and there are two or three hundred.
@@ -94,7 +96,6 @@ def tracked_peak(folder, lora, checkpointing):
     return tracker.peak, before
 
 
-@pytest.mark.scripts
 @pytest.mark.parametrize(("lora", "checkpointing"), [(MINIMAL, "off"), (FULL, "full")])
 def test_prediction_is_near_a_tracked_step(tiny_model_dir, lora, checkpointing):
     parts = predict(tiny_model_dir, lora, checkpointing)
@@ -132,7 +133,6 @@ def test_frozen_text_encoder_is_not_counted_and_bf16_halves_towers(tiny_model_di
     assert half - rest == pytest.approx(2 * backbone, abs=ROUNDING)
 
 
-@pytest.mark.scripts
 def test_more_of_anything_takes_more(tiny_model_dir):
     peak = predict(tiny_model_dir, MINIMAL)["peak"]
     assert predict(tiny_model_dir, MINIMAL, max_rows=8)["peak"] > peak
@@ -140,7 +140,6 @@ def test_more_of_anything_takes_more(tiny_model_dir):
     assert predict(tiny_model_dir, MINIMAL, images=7)["peak"] > peak
 
 
-@pytest.mark.scripts
 def test_checkpointing_of_the_vision_encoder_takes_less(tiny_model_dir):
     lora = LoRAConfig(dropout=0.1, components=("vision_encoder",))
     sizes = {"images": 1, "prompts": 1}
@@ -165,7 +164,6 @@ def test_nothing_of_a_prediction_stays(tiny_model_dir):
     assert torch.equal(forward(batch)["logits"], before)
 
 
-@pytest.mark.scripts
 def test_fit_and_largest_batch_agree_with_predict(tiny_model_dir):
     sizes = {name: SIZES[name] for name in ("prompts", "max_rows")}
     peak_at = memory.fit(describe(tiny_model_dir, MINIMAL), objects=OBJECTS, **sizes)
