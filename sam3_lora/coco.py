@@ -57,6 +57,7 @@ __all__ = [
     "read_coco",
     "read_image",
     "read_split",
+    "read_splits",
     "sibling_val",
     "split_dir",
     "to_rle",

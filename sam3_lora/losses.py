@@ -125,11 +125,11 @@ def compute_losses(
     sizes = [len(t["boxes_cxcywh"]) for t in targets]
     objects = to_device(torch.cat([t["boxes_cxcywh"] for t in targets]), device)
     keep = to_device(torch.tensor([float(size > 0) for size in sizes]), device)
+    classify = partial(_classification, pos_weight=pos_weight, from_scratch=from_scratch)
     with torch.autocast(device.type, enabled=False):
         found = match_queries(outputs, objects, sizes, from_scratch)
         losses: dict[str, torch.Tensor] = {}
         for branch, match in matches_to_device(found, device).items():
-            classify = partial(_classification, pos_weight=pos_weight, from_scratch=from_scratch)
             losses |= _query_terms(outputs, branch, match, objects, keep, counts, classify)
         if "mask_embed" in outputs:
             losses |= _all_mask_terms(outputs, targets, found, counts, mask_loss)
