@@ -19,9 +19,8 @@ import inference
 from lora_layers import LoRAConfig, apply_lora, lora_modules
 from sam3_lora import checkpoint
 from sam3_lora import forward as forward_module
-from sam3_lora.coco import decode_mask, encode_mask, read_image, read_split
+from sam3_lora.coco import decode_mask, read_image
 from sam3_lora.config import Config, save_config
-from sam3_lora.dataset import PromptDataset
 from sam3_lora.model import load_model
 
 SIZE = (96, 64)  # width, height
@@ -226,25 +225,6 @@ def test_prompts_share_one_vision_pass(run, photo, tmp_path, monkeypatch) -> Non
     assert np.allclose(whole, cut, atol=1e-5)
 
 
-def test_the_canvas_is_that_of_evaluation(tmp_path) -> None:
-    (tmp_path / "images").mkdir()
-    path = save_photo(tmp_path / "images" / "a.png")
-    record = {"id": 1, "file_name": "a.png", "width": SIZE[0], "height": SIZE[1]}
-    content = {
-        "images": [record],
-        "annotations": [],
-        "categories": [{"id": 1, "name": "x"}],
-    }
-    (tmp_path / "annotations.json").write_text(json.dumps(content), encoding="utf-8")
-    item = PromptDataset(read_split(tmp_path), 112, 16, train=False)[0, 0]
-    prompts = inference.Prompts(["x", "y"], [[24.0, 16.0, 72.0, 32.0]], [0])
-    batch = inference.make_batch(read_image(path), prompts, 112)
-    assert torch.equal(batch["images"][0], item["image"])
-    expected = torch.tensor([[[0.5, 0.375, 0.5, 0.25]]] * 2)
-    assert torch.allclose(batch["box_prompts_cxcywh"], expected)
-    assert batch["box_prompt_labels"].tolist() == [[0], [0]]
-
-
 def test_threshold_leaves_nothing_but_still_names_the_best_score(run, photo, tmp_path) -> None:
     output = tmp_path / "r.png"
     code, lines, _ = run(
@@ -253,49 +233,6 @@ def test_threshold_leaves_nothing_but_still_names_the_best_score(run, photo, tmp
     assert code == 0 and read_json(tmp_path / "r_detections.json") == []
     assert "x 0, best score 0." in lines[0] and "best score 0.000" not in lines[0]
     assert np.array_equal(np.asarray(Image.open(output)), read_image(photo))
-
-
-def detections(*rows) -> dict:
-    """Detections (category, score, box) on a 20 x 20 image, each mask its box."""
-    masks = np.zeros((len(rows), 20, 20), dtype=bool)
-    for mask, (_, _, (x1, y1, x2, y2)) in zip(masks, rows, strict=True):
-        mask[y1:y2, x1:x2] = True
-    return {
-        "category_id": np.array([row[0] for row in rows]),
-        "score": np.array([row[1] for row in rows]),
-        "boxes_xyxy": np.array([row[2] for row in rows], dtype=float),
-        "rles": [encode_mask(mask) for mask in masks],
-    }
-
-
-def test_suppress_drops_overlaps_of_the_same_prompt() -> None:
-    found = detections(
-        (1, 0.9, (0, 0, 10, 10)),
-        (2, 0.8, (0, 0, 10, 10)),
-        (1, 0.7, (0, 0, 10, 8)),  # IoU 0.8 with the first
-        (1, 0.6, (5, 0, 15, 10)),  # 1/3
-    )
-    kept = inference.suppress(found, 0.5)
-    assert kept["score"].tolist() == [0.9, 0.8, 0.6]
-    assert kept["rles"] == [found["rles"][i] for i in (0, 1, 3)]
-    assert inference.suppress(found, 0.8)["score"].tolist() == [0.9, 0.8, 0.7, 0.6]
-    assert inference.suppress(found, 0.3)["score"].tolist() == [0.9, 0.8]
-    assert len(inference.suppress(detections(), 0.5)["score"]) == 0
-
-
-def test_only_boxed_keeps_what_lies_in_a_box() -> None:
-    found = detections(
-        (1, 0.9, (2, 2, 6, 6)),  # inside the first
-        (1, 0.8, (6, 0, 14, 10)),  # half in the first
-        (1, 0.7, (7, 0, 15, 10)),  # 3/8 in it
-        (1, 0.6, (0, 0, 20, 20)),  # around it
-        (1, 0.5, (16, 16, 20, 20)),  # the second
-    )
-    boxes = np.array([[0.0, 0, 10, 10], [15, 15, 20, 20]])
-    assert inference.keep_boxed(found, boxes)["score"].tolist() == [0.9, 0.8, 0.5]
-    found["boxes_xyxy"] = np.empty((0, 4))
-    empty = inference.take(found, [])
-    assert len(inference.keep_boxed(empty, boxes)["rles"]) == 0
 
 
 def test_filters_reach_the_outputs(run, photo, tmp_path) -> None:
