@@ -276,6 +276,20 @@ def use_trained_phrases(prompts: Prompts, phrases: dict[str, str]) -> Prompts:
     return replace(prompts, texts=texts)
 
 
+def answer(
+    args: argparse.Namespace, forward: Forward, photo: np.ndarray, prompts: Prompts, max_rows: int
+) -> tuple[Detections, float]:
+    """What the flags keep of the detections of one image (H, W, 3), and the best score of all."""
+    thresholds = [args.threshold] * len(prompts.texts)
+    found, best = find(forward, photo, prompts, thresholds, max_rows)
+    if args.only_boxed:
+        positive = [b for b, label in zip(prompts.boxes_xyxy, prompts.labels, strict=True) if label]
+        found = keep_boxed(found, np.array(positive))
+    if args.nms_iou is not None:
+        found = suppress(found, args.nms_iou)
+    return found, best
+
+
 def write_image(path: Path, pixels: np.ndarray) -> None:
     """Writes uint8 pixels in the format of the suffix."""
     form = Image.registered_extensions()[path.suffix.lower()]
@@ -324,16 +338,10 @@ def main(argv: list[str] | None = None) -> int:
     prompts = use_trained_phrases(prompts, phrases)
     forward.release_text_encoder(prompts.texts)
     # 3. Image by image.
-    positive = [b for b, label in zip(prompts.boxes_xyxy, prompts.labels, strict=True) if label]
     rows: list[dict[str, Any]] = []
     for image_id, (path, overlay) in enumerate(zip(images, overlays, strict=True), start=1):
         photo = coco.read_image(path)
-        max_rows = options.hardware.max_rows_per_forward
-        found, best = find(forward, photo, prompts, args.threshold, max_rows)
-        if args.only_boxed:
-            found = keep_boxed(found, np.array(positive))
-        if args.nms_iou is not None:
-            found = suppress(found, args.nms_iou)
+        found, best = answer(args, forward, photo, prompts, options.hardware.max_rows_per_forward)
         write_overlay(overlay, photo, found, prompts)
         if args.save_masks:
             write_masks(beside(overlay, "_masks"), found)

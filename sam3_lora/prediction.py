@@ -52,7 +52,11 @@ def make_batch(photo: np.ndarray, prompts: Prompts, side: int) -> dict[str, Any]
 
 @torch.no_grad()
 def find(
-    forward: Forward, photo: np.ndarray, prompts: Prompts, threshold: float, max_rows: int
+    forward: Forward,
+    photo: np.ndarray,
+    prompts: Prompts,
+    thresholds: Sequence[float],
+    max_rows: int,
 ) -> tuple[Detections, float]:
     """Runs all prompts on one image, with one pass of the vision tower.
 
@@ -60,7 +64,7 @@ def find(
         forward: the model.
         photo: uint8 (H, W, 3).
         prompts: texts and boxes.
-        threshold: the lowest score kept.
+        thresholds: the lowest score kept, of each text.
         max_rows: prompts in one pass of the heads.
 
     Returns:
@@ -74,9 +78,10 @@ def find(
         ids = list(range(start + 1, min(start + max_rows, count) + 1))
         outputs = forward.predict(features, batch, slice(start, start + max_rows))
         # The best one stays whatever its score, to be named.
-        parts.append(detect(outputs, list(range(len(ids))), ids, size, 1, threshold))
-    found = join_detections(parts, 1, threshold)
-    return take(found, np.flatnonzero(found["score"] >= threshold)), found["score"][0]
+        parts.append(detect(outputs, list(range(len(ids))), ids, size, 1, min(thresholds)))
+    found = join_detections(parts, 1, min(thresholds))
+    kept = found["score"] >= np.asarray(thresholds)[found["category_id"] - 1]
+    return take(found, np.flatnonzero(kept)), found["score"][0]
 
 
 def keep_boxed(found: Detections, boxes_xyxy: np.ndarray) -> Detections:
