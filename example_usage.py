@@ -11,9 +11,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -21,13 +19,14 @@ from lora_layers import LoRAConfig, apply_lora, count_parameters
 from sam3_lora import checkpoint, engine
 from sam3_lora.coco import DatasetError, decode_mask, read_image, read_split
 from sam3_lora.config import FlagParser, user_errors
-from sam3_lora.dataset import PromptDataset, place_on_canvas
+from sam3_lora.dataset import PromptDataset
 from sam3_lora.drawing import draw_curves, draw_overlay
-from sam3_lora.evaluation import detect, load_forward, write_atomically
+from sam3_lora.evaluation import load_forward, write_atomically
 from sam3_lora.forward import Forward
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import ModelError, image_size, load_model, num_queries, train_adapted
+from sam3_lora.prediction import Prompts, find
 from sam3_lora.scenes import DEFECTS, demo_split, write_scenes
 
 BASE = "demo/sam3_tiny"
@@ -74,29 +73,17 @@ def adapt_and_train(data: Path, output_dir: Path) -> Path:
     return path
 
 
-@torch.no_grad()
-def find(forward: Forward, photo: np.ndarray, prompts: list[str]) -> dict[str, Any]:
-    """Detections of an image (H,W,3) for several texts: `row` counts the prompts."""
-    pixels = torch.from_numpy(photo).permute(2, 0, 1)
-    batch = {
-        "images": place_on_canvas(pixels, image_size(forward.model))[None],
-        "texts": prompts,
-        "image_index": torch.zeros(len(prompts), dtype=torch.long),
-    }
-    rows = list(range(len(prompts)))
-    return detect(forward(batch), rows, rows, photo.shape[:2], 100, 0.5, floor=0.5)
-
-
 def show(adapter: Path, data: Path, picture: Path) -> None:
     """Loads base and adapter, merged, and draws what they find on the split's first image."""
     content = checkpoint.read_adapter(adapter)
     forward = load_forward(BASE, content["geometry_cls"], "cpu", "no", adapter, content)
     split = read_split(data)
     photo, prompts = read_image(split.image_path(split.images[0])), list(DEFECTS)
-    found = find(forward, photo, prompts)
-    labels = [f"{prompts[r]} {s:.2f}" for r, s in zip(found["row"], found["score"], strict=True)]
+    found, _ = find(forward, photo, Prompts(prompts, [], []), [0.5] * len(prompts), max_rows=8)
+    rows = found["category_id"] - 1  # of the prompts
+    labels = [f"{prompts[r]} {s:.2f}" for r, s in zip(rows, found["score"], strict=True)]
     masks = [decode_mask(rle, *photo.shape[:2]).astype(bool) for rle in found["rles"]]
-    overlay = draw_overlay(photo, masks, found["boxes_xyxy"], labels, found["row"])
+    overlay = draw_overlay(photo, masks, found["boxes_xyxy"], labels, rows)
     write_atomically(picture, lambda path: Image.fromarray(overlay).save(path, "PNG"))
     sys.stdout.write(f"found: {', '.join(labels) or 'nothing'}\n")
 
