@@ -159,8 +159,8 @@ def draw_objects(
 ) -> np.ndarray:
     """A photo with masks, or boxes of objects without one.
 
-    Of each category the largest object, of detections the first one, is named, with the number of
-    all.
+    Of each category the largest object is named, of detections the first one with its score, and
+    the number of all.
 
     Args:
         photo: uint8 (H, W, 3), scaled as it shall be shown.
@@ -175,8 +175,9 @@ def draw_objects(
     labels = []
     for item in items:
         count = number.pop(item["category_id"], 0)
-        times = f" \N{MULTIPLICATION SIGN}{count}" if count > 1 else ""
-        labels.append(f"{split.phrase(item['category_id'])}{times}" if count else "")
+        note = f" {item['score']:.2f}" if "score" in item else ""
+        note += f" \N{MULTIPLICATION SIGN}{count}" if count > 1 else ""
+        labels.append(split.phrase(item["category_id"]) + note if count else "")
 
     def mask_of(item: dict) -> np.ndarray:
         if item.get("segmentation") is None:
