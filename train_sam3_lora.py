@@ -8,16 +8,18 @@ Writes to output_dir:
     best_model/lora_weights.pt   the adapter with the best validation figure (config.yaml beside it)
     last_model/lora_weights.pt   the adapter as the run ended
     checkpoint-<step>/           adapter, optimizer and random state, for --resume
-    config.yaml, log.jsonl, train.log, curves.png
+    config.yaml, train.log
+    log.jsonl, metrics.csv       the figures of steps and validations
+    curves.png                   the same, drawn anew at each validation
+    val_panel.png                annotations beside detections, on 4 validation images at most
+    events.out.tfevents.*, wandb/   the same for TensorBoard (--tensorboard), W&B (--wandb)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -29,14 +31,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lora_layers import (
-    AdapterError,
-    LoRAConfig,
-    apply_lora,
-    count_parameters,
-    load_lora_state_dict,
-    lora_table,
-)
+from lora_layers import AdapterError, apply_lora, count_parameters, lora_table
 from sam3_lora import checkpoint, engine, memory
 from sam3_lora.coco import CocoSplit, DatasetError, read_splits
 from sam3_lora.config import (
@@ -44,17 +39,18 @@ from sam3_lora.config import (
     FlagParser,
     add_config_flags,
     check_same_settings,
+    check_stopping,
     check_trainable,
     config_from_args,
     load_config,
     lora_config,
+    plain_config,
     save_config,
     setup_logging,
     user_errors,
 )
 from sam3_lora.dataset import PromptDataset
-from sam3_lora.drawing import draw_curves
-from sam3_lora.evaluation import describe, evaluate_split, validation_figures
+from sam3_lora.evaluation import describe, evaluate_split, rank, validation_figures
 from sam3_lora.features import FeatureCache, FeatureError, cacheable_parts
 from sam3_lora.forward import Forward
 from sam3_lora.loader import build_loader, epoch_batches
@@ -70,14 +66,14 @@ from sam3_lora.model import (
     num_queries,
     train_adapted,
 )
+from sam3_lora.overview import detections_panel
+from sam3_lora.runlog import RunLog, RunLogError, check_packages
 
 log = logging.getLogger("train")
 
 # What a user can cause, beside what `user_errors` knows.
-ERRORS = (DatasetError, AdapterError, ModelError, FeatureError)
+ERRORS = (DatasetError, AdapterError, ModelError, FeatureError, RunLogError)
 ERRORS += (engine.LossError, engine.TooLargeError)
-# The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
-LONGEST_WARMUP = 0.1
 
 
 @dataclass
@@ -85,8 +81,9 @@ class Run:
     """What the loop reads and writes: one run's parts and where it stands."""
 
     config: Config
-    lora: LoRAConfig
+    folder: Path
     forward: Forward
+    criterion: engine.Criterion
     train_set: PromptDataset
     val_set: PromptDataset | None
     optimizer: torch.optim.Optimizer
@@ -94,28 +91,23 @@ class Run:
     limits: engine.Limits
     steps_per_epoch: int
     total_steps: int
+    epochs: int  # the last of which may be cut short
+    warmup_steps: int
     cache: FeatureCache | None = None
     step: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)  # since the last line of the log
     best: list[float] | None = None
+    stale: int = 0  # evaluations since the best
     evaluated: int = -1  # step of the last evaluation
     figure: list[float] | None = None  # of the last evaluation
     val: dict[str, Any] = field(default_factory=dict)
+    runlog: RunLog | None = None  # open from `open_folder` on
 
     @property
-    def epochs(self) -> int:
-        """Epochs in all, the last of which may be cut short."""
-        return math.ceil(self.total_steps / self.steps_per_epoch)
-
-    @property
-    def warmup_steps(self) -> int:
-        """Those asked for, but no more than a tenth of the run."""
-        return min(self.config.training.warmup_steps, int(LONGEST_WARMUP * self.total_steps))
-
-    @property
-    def folder(self) -> Path:
-        """Where the run writes."""
-        return self.config.output.output_dir
+    def stopped(self) -> bool:
+        """Whether the run ends early."""
+        patience = self.config.training.early_stopping_patience
+        return patience is not None and self.stale >= patience
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -154,24 +146,13 @@ def build_datasets(
     return train_set, val_set
 
 
-def adapt(config: Config, model: torch.nn.Module) -> LoRAConfig:
-    """Puts the adapters in, fresh or from `init_lora_weights`."""
-    lora = lora_config(config)
-    start = config.training.init_lora_weights
-    state = checkpoint.read_weights(start, model, lora) if start else None
-    apply_lora(model, lora)
-    if state:
-        load_lora_state_dict(model, state)
-    return lora
-
-
 def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run:
     """Loads the model, adapts it, and makes all that the loop needs; writes nothing."""
     device = choose_device(config.hardware.device)
     training = config.training
     model, tokenizer = load_model(config.model.name)
     train_set, val_set = build_datasets(config, model, splits)
-    lora = adapt(config, model)
+    checkpoint.adapt(model, lora_config(config), training.init_lora_weights)
     dtype = compute_dtype(config.hardware.mixed_precision, device)
     cast_towers(model, dtype)
     model.to(device)
@@ -184,10 +165,13 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         cache = FeatureCache(forward, train_set, folder, training.cache_limit_gb)
     batches = math.ceil(len(train_set) / training.batch_size)
     steps_per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    total_steps = training.max_steps or steps_per_epoch * training.num_epochs
+    loss = partial(compute_losses, pos_weight=training.pos_weight, mask_loss=training.mask_loss)
     return Run(
         config=config,
-        lora=lora,
+        folder=config.output.output_dir,
         forward=forward,
+        criterion=loss,
         train_set=train_set,
         val_set=val_set,
         optimizer=engine.build_optimizer(model, training.learning_rate, training.weight_decay),
@@ -195,7 +179,9 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         cache=cache,
         limits=engine.Limits(training.batch_size, config.hardware.max_rows_per_forward),
         steps_per_epoch=steps_per_epoch,
-        total_steps=training.max_steps or steps_per_epoch * training.num_epochs,
+        total_steps=total_steps,
+        epochs=math.ceil(total_steps / steps_per_epoch),
+        warmup_steps=engine.short_warmup(training.warmup_steps, total_steps),
     )
 
 
@@ -242,30 +228,28 @@ def describe_dry_run(config: Config) -> str:
 
 def open_folder(run: Run) -> None:
     """Makes the run's folder; an earlier run is set aside, replaced or (--resume) continued."""
-    output = run.config.output
-    moved = None
+    output, forward = run.config.output, run.forward
     if output.resume:
         resume(run)
-    elif output.overwrite and run.folder.exists():
-        shutil.rmtree(run.folder)
-    else:
-        moved = checkpoint.set_aside(run.folder)
+    moved = None if output.resume else checkpoint.set_aside(run.folder, output.overwrite)
     setup_logging(run.folder / "train.log")
     save_config(run.config, run.folder / "config.yaml")
-    trainable, base = count_parameters(run.forward.model)
-    log.info(
-        "%s, %s, %s, checkpointing %s: %s trainable of %s (%.3f %%)",
-        engine.environment(Path(__file__)),
-        run.forward.device,
-        str(run.forward.dtype).removeprefix("torch."),
-        run.forward.checkpointing,
-        f"{trainable:,}",
-        f"{base:,}",
-        100 * trainable / base,
-    )
+    trainable, base = count_parameters(forward.model)
+    share = f"{trainable:,} trainable of {base:,} ({100 * trainable / base:.3f} %)"
+    place = f"{forward.device}, {forward.dtype}".replace("torch.", "")
+    place += f", checkpointing {forward.checkpointing}"
+    log.info("%s, %s: %s", engine.environment(Path(__file__)), place, share)
     if moved:
         log.warning("%s held an earlier run: renamed to %s", run.folder, moved)
     describe_run(run)
+    run.runlog = RunLog(
+        run.folder,
+        run.step,
+        evaluated=run.evaluated == run.step,
+        tensorboard=output.tensorboard,
+        wandb=output.wandb,
+        settings=plain_config(run.config),
+    )
 
 
 def build_features(run: Run) -> None:
@@ -312,17 +296,13 @@ def resume(run: Run) -> None:
     """Goes on from the newest checkpoint: adapter, optimizer, random state, best figure."""
     check_same_settings(run.config, load_config(run.folder / "config.yaml", {}))
     newest = checkpoint.checkpoints(run.folder)[-1]
-    content = checkpoint.read_adapter(newest)
-    checkpoint.check_base(content, run.forward.model, newest)
-    load_lora_state_dict(run.forward.model, content["lora"])
-    state = checkpoint.read_checkpoint(newest)
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"] or run.scaler.state_dict())  # empty but of fp16
+    state = checkpoint.restore(newest, run.forward.model, run.optimizer, run.scaler)
     run.step, run.best, run.figure = state["step"], state["best"], state["figure"]
+    run.stale = state.get("stale", 0)  # earlier checkpoints have none
     run.evaluated = run.step if run.figure else -1
-    checkpoint.restore_rng(state["rng"])
-    checkpoint.cut_log(run.folder / "log.jsonl", run.step)
-    finished = "; it is finished: raise --max_steps" if run.step >= run.total_steps else ""
+    finished = "; it stopped early: raise --early_stopping_patience" if run.stopped else ""
+    if run.step >= run.total_steps:
+        finished = "; it is finished: raise --max_steps"
     log.info("resuming %s at step %d of %d%s", newest, run.step, run.total_steps, finished)
 
 
@@ -337,9 +317,9 @@ def evaluate_now(run: Run) -> None:
     batches = epoch_batches(len(run.val_set), 1, 0, 0, shuffle=False)
     # Point sampling draws random numbers: those of training go on as if nothing had been evaluated.
     with torch.random.fork_rng():
-        summary, _ = evaluate_split(
+        summary, results = evaluate_split(
             forward,
-            criterion_of(config),
+            run.criterion,
             count_targets,
             build_loader(run.val_set, batches, config.hardware.num_workers),
             run.val_set.split,
@@ -349,16 +329,16 @@ def evaluate_now(run: Run) -> None:
         )
     run.evaluated = run.step
     run.val = validation_figures(summary)
-    chosen = run.val[config.evaluation.best_metric]
-    if config.evaluation.best_metric == "loss":
-        chosen = -chosen
-    # Early figures tie at 0 or are undefined; the lower loss decides then.
-    run.figure = [-1.0 if chosen is None else chosen, -run.val["loss"]]
+    run.figure = rank(run.val, config.evaluation.best_metric)
     log.info("step %d, validation: %s", run.step, describe(run.val))
-    checkpoint.append_log(run.folder, {"step": run.step, "val": run.val})
+    run.runlog.add_row({"step": run.step, "val": run.val})
+    run.stale += 1
     if run.best is None or run.figure > run.best:
-        run.best = run.figure
+        run.best, run.stale = run.figure, 0
         save_model(run, "best_model")
+    threshold = config.evaluation.score_threshold
+    run.runlog.show(run.step, detections_panel(run.val_set.split, results, threshold))
+    to_training(run)
 
 
 def adapter_description(run: Run) -> dict[str, Any]:
@@ -366,7 +346,7 @@ def adapter_description(run: Run) -> dict[str, Any]:
     split = run.train_set.split
     return {
         "model": run.forward.model,
-        "lora": run.lora,
+        "lora": lora_config(run.config),
         "base_model": run.config.model.name,
         "geometry_cls": run.config.model.geometry_cls,
         "categories": {name: split.phrase(c) for c, name in split.categories.items()},
@@ -388,18 +368,14 @@ def save_now(run: Run) -> None:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "best": run.best,
+        "stale": run.stale,
         "figure": run.figure if run.evaluated == run.step else None,
     }
     checkpoint.save_checkpoint(run.folder, run.step, state, adapter_description(run))
     checkpoint.remove_old_checkpoints(run.folder, run.config.training.save_total_limit)
     if run.val_set is None:
         save_model(run, "best_model")
-
-
-def criterion_of(config: Config) -> engine.Criterion:
-    """The loss with this run's settings."""
-    training = config.training
-    return partial(compute_losses, pos_weight=training.pos_weight, mask_loss=training.mask_loss)
+        run.runlog.show(run.step)
 
 
 def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
@@ -415,7 +391,7 @@ def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
     loader = build_loader(run.train_set, batches[first:last], hardware.num_workers, pin=pin)
     records = engine.train_one_epoch(
         run.forward,
-        criterion_of(run.config),
+        run.criterion,
         count_targets,
         run.cache.filled(loader) if run.cache else loader,
         run.optimizer,
@@ -442,15 +418,16 @@ def train_epoch(run: Run, epoch: int) -> None:
             if run.step % output.logging_steps == 0 or run.step == run.total_steps:
                 row = engine.mean_record(run.records, run.forward.device)
                 run.records = []
-                checkpoint.append_log(run.folder, {**row, "epoch": epoch + 1})
+                run.runlog.add_row({**row, "epoch": epoch + 1})
                 text = engine.progress_text(row)
                 log.info("step %d/%d: %s", run.step, run.total_steps, text)
                 bar.set_postfix_str(text)
             if run.step % training.eval_steps == 0:
                 evaluate_now(run)
-                to_training(run)
             if run.step % training.save_steps == 0:
                 save_now(run)
+            if run.stopped:
+                break
 
 
 def train(run: Run) -> None:
@@ -459,10 +436,13 @@ def train(run: Run) -> None:
         # Resumed from a checkpoint that may have come before the evaluation that ends an epoch.
         evaluate_now(run)
         save_now(run)
-    while run.step < run.total_steps:
+    while run.step < run.total_steps and not run.stopped:
         train_epoch(run, run.step // run.steps_per_epoch)
         evaluate_now(run)
         save_now(run)
+    if run.stopped:
+        text = "stopped early at step %d: %d evaluations without a better %s"
+        log.info(text, run.step, run.stale, run.config.evaluation.best_metric)
 
 
 @user_errors(*ERRORS)
@@ -474,10 +454,12 @@ def main(argv: list[str] | None = None) -> int:
     if config.output.dry_run:
         print(describe_dry_run(config))
         return 0
-    # 1. Folder and data before weights: their faults show in seconds.
-    checkpoint.check_folder(config.output.output_dir, config.output.resume)
-    data, most = config.training, config.evaluation.max_val_images
+    # 1. Packages, folder and data before weights: their faults show in seconds.
+    output, data, most = config.output, config.training, config.evaluation.max_val_images
+    check_packages(tensorboard=output.tensorboard, wandb=output.wandb)
+    checkpoint.check_folder(output.output_dir, output.resume)
     splits = read_splits(data.train_data_path, data.val_data_path, most)
+    check_stopping(config, splits[1] is not None)
     # 2. Model, adapters, optimizer, features; the run's folder stays as it is until all stands.
     engine.seed_everything(config.training.seed)
     run = build_run(config, splits)
@@ -489,8 +471,7 @@ def main(argv: list[str] | None = None) -> int:
         train(run)
     # 4. The end of the run.
     save_model(run, "last_model")
-    lines = (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    draw_curves([json.loads(line) for line in lines], run.folder / "curves.png")
+    run.runlog.close()
     log.info("done: %s", run.folder / "best_model" / checkpoint.ADAPTER_FILE)
     return 0
 

@@ -10,7 +10,6 @@ Both files hold tensors, numbers, strings and containers of them, and load with 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import random
@@ -183,6 +182,18 @@ def read_weights(path: Path, model: nn.Module, lora: LoRAConfig) -> dict[str, to
     return content["lora"]
 
 
+def adapt(model: nn.Module, lora: LoRAConfig, start: Path | None = None) -> None:
+    """Puts adapters into a base model, fresh or, where `start` names a file, with its weights.
+
+    Raises:
+        AdapterError: nothing to adapt, or the file does not fit, see `read_weights`.
+    """
+    weights = read_weights(start, model, lora) if start else None
+    apply_lora(model, lora)
+    if weights:
+        load_lora_state_dict(model, weights)
+
+
 def check_base(content: dict[str, Any], model: nn.Module, path: Path) -> None:
     """Raises AdapterError when an adapter was trained on another base model than this one."""
     found = fingerprint(model)
@@ -226,6 +237,30 @@ def save_checkpoint(
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `rng`."""
     return _read(folder / STATE_FILE)
+
+
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, Any]:
+    """Puts back what a checkpoint holds: adapter, optimizer, gradient scaler, random state.
+
+    Returns:
+        As `read_checkpoint`.
+
+    Raises:
+        AdapterError: a file is damaged, or the model is another one.
+    """
+    content = read_adapter(folder)
+    check_base(content, model, folder)
+    load_lora_state_dict(model, content["lora"])
+    state = read_checkpoint(folder)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
+    restore_rng(state["rng"])
+    return state
 
 
 def check_folder(folder: Path, resume: bool) -> None:
@@ -281,13 +316,16 @@ def remove_old_checkpoints(run_dir: Path, limit: int) -> list[Path]:
     return removed
 
 
-def set_aside(run_dir: Path) -> Path | None:
-    """Renames an earlier run's folder to `<run>.1`, or the first free number.
+def set_aside(run_dir: Path, replace: bool = False) -> Path | None:
+    """Renames an earlier run's folder to `<run>.1`, or the first free number; or removes it.
 
     Returns:
         The new name, or None when there was nothing to rename.
     """
     if not run_dir.exists() or not any(p.name != ".gitkeep" for p in run_dir.iterdir()):
+        return None
+    if replace:
+        shutil.rmtree(run_dir)
         return None
     number = 1
     while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
@@ -299,27 +337,6 @@ def set_aside(run_dir: Path) -> Path | None:
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a training run, which may be set aside, replaced or continued."""
     return (folder / "train.log").is_file()
-
-
-def append_log(folder: Path, row: dict[str, Any]) -> None:
-    """Adds a line to log.jsonl of a run's folder."""
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def cut_log(log_file: Path, step: int) -> None:
-    """Drops the lines of log.jsonl after a step, and a last one that a kill left half-written."""
-    kept = []
-    for line in log_file.read_text(encoding="utf-8").splitlines() if log_file.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    scratch = log_file.with_name(f".{log_file.name}.tmp")
-    scratch.write_text("".join(kept), encoding="utf-8")
-    os.replace(scratch, log_file)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -37,6 +37,7 @@ _KINDS |= {str: "a name", tuple: "names, such as q_proj,v_proj"}
 # Settings that a resumed run may change: how long, how often; none that steps done depend on.
 _MAY_CHANGE = (
     *("num_epochs", "max_steps", "eval_steps", "save_steps", "save_total_limit"),
+    "early_stopping_patience",
     *("train_data_path", "val_data_path", "init_lora_weights", "cache_dir", "cache_limit_gb"),
 )
 # Names that other trainers use and that look nothing like ours.
@@ -226,6 +227,14 @@ def load_config(config_path: Path | None, argv_overrides: dict[str, Any]) -> Con
     return config
 
 
+def plain_config(config: Config) -> dict[str, dict[str, Any]]:
+    """Every option by section and key, as YAML and JSON hold them: paths as text."""
+    sections = asdict(config)
+    for values in sections.values():
+        values |= {k: _as_text(v) for k, v in values.items() if isinstance(v, Path | tuple)}
+    return sections
+
+
 def save_config(config: Config, path: Path) -> None:
     """Writes every option as a YAML file that loads back to the same configuration.
 
@@ -233,13 +242,10 @@ def save_config(config: Config, path: Path) -> None:
         config: The resolved configuration.
         path: The file; it appears whole or not at all.
     """
-    sections = asdict(config)
-    for values in sections.values():
-        values |= {k: _as_text(v) for k, v in values.items() if isinstance(v, Path | tuple)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        yaml.safe_dump(sections, stream, sort_keys=False, allow_unicode=True)
+        yaml.safe_dump(plain_config(config), stream, sort_keys=False, allow_unicode=True)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
@@ -283,6 +289,15 @@ def check_trainable(config: Config, has_masks: bool) -> None:
         raise ConfigError(
             "lora.apply_to_*: with model.geometry_cls hf text prompts do not use the geometry "
             "encoder, so it alone cannot learn; add --lora_apply_to_detr_decoder true"
+        )
+
+
+def check_stopping(config: Config, has_validation: bool) -> None:
+    """Raises ConfigError when a run shall stop early and has no validation split to tell when."""
+    if config.training.early_stopping_patience and not has_validation:
+        raise ConfigError(
+            "training.early_stopping_patience: expected a validation split, found none; name one "
+            "with --val_data_path, or set it to null"
         )
 
 

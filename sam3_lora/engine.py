@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 PER_IMAGE = ("images", "views", "image_ids", "original_sizes", "labels")
 PER_IMAGE += ("trunk", "fpn_0", "fpn_1", "geometry")
 
+# The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
+LONGEST_WARMUP = 0.1
+
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
 # forward.encode(batch) -> features; forward.predict(features, batch, rows) -> outputs
@@ -127,6 +130,11 @@ def lr_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> 
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return 1 - min(progress, 1.0) if schedule == "linear" else 1.0
+
+
+def short_warmup(warmup_steps: int, total_steps: int) -> int:
+    """The steps of warm-up asked for, but no more than LONGEST_WARMUP of the run."""
+    return min(warmup_steps, int(LONGEST_WARMUP * total_steps))
 
 
 def train_one_epoch(

@@ -263,6 +263,15 @@ def validation_figures(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def rank(figures: dict[str, Any], metric: str) -> list[float]:
+    """What tells the better of two `validation_figures`: the larger list, by one of them first.
+
+    Early figures tie at 0 or are undefined; the lower loss decides then.
+    """
+    chosen = -figures["loss"] if metric == "loss" else figures[metric]
+    return [-1.0 if chosen is None else chosen, -figures["loss"]]
+
+
 def describe(figures: dict[str, Any]) -> str:
     """Named figures on one line."""
     parts = [f"{k} {'undefined' if v is None else format(v, '.4g')}" for k, v in figures.items()]

@@ -75,6 +75,9 @@ class TrainingSection:
     eval_steps: int = _key(500, "steps between two evaluations", low=1)
     save_steps: int = _key(1000, "steps between two checkpoints", low=1)
     save_total_limit: int = _key(3, "best checkpoints kept, beside the newest", low=1)
+    early_stopping_patience: int | None = _key(
+        None, "evaluations in a row without a new best_model that end a run; null: never", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class OutputSection:
     dry_run: bool = _key(False, "say what would be trained and the memory it takes, then stop")
     overwrite: bool = _key(False, "replace an earlier run in output_dir")
     resume: bool = _key(False, "continue the run in output_dir from its last checkpoint")
+    tensorboard: bool = _key(False, "also write figures for TensorBoard")
+    wandb: bool = _key(False, "also send figures to Weights & Biases")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,19 @@ import numpy as np
 from PIL import Image
 
 from sam3_lora.coco import CocoSplit, DatasetError, Fault, decode_mask, read_image
-from sam3_lora.drawing import SHEET_CELL, choose_examples, draw_overlay, draw_sheet, to_cell
+from sam3_lora.drawing import (
+    SHEET_CELL,
+    choose_examples,
+    draw_overlay,
+    draw_panel,
+    draw_sheet,
+    to_cell,
+)
 
 logger = logging.getLogger(__name__)
 
 FAULTS_LISTED = 5  # of each kind
+PANEL_IMAGES = 4
 EMPTY_LISTED = 10  # categories without an object; of more, the summary gives the number
 
 
@@ -101,7 +109,9 @@ def preview(split: CocoSplit) -> np.ndarray:
     for position in choose_examples(kinds):
         image = split.images[position]
         try:
-            pictures.append(draw_objects(split, image, colors))
+            photo = to_cell(read_image(split.image_path(image)), SHEET_CELL)
+            items = split.annotations[image["id"]]
+            pictures.append(draw_objects(photo, items, image, split, colors))
             captions.append(image["file_name"])
         except DatasetError as error:
             logger.warning("left out of the preview: %s", error)
@@ -114,23 +124,63 @@ def preview(split: CocoSplit) -> np.ndarray:
     return draw_sheet(pictures, captions, bars)
 
 
-def draw_objects(split: CocoSplit, image: dict, colors: dict[int, int]) -> np.ndarray:
-    """One picture of a contact sheet: masks, or boxes of objects without one.
+def detections_panel(
+    split: CocoSplit, results: list[dict[str, Any]], threshold: float
+) -> np.ndarray:
+    """Returns annotations beside detections, on PANEL_IMAGES images at most.
 
-    Of each category the largest object is named, with the number of all.
+    Args:
+        split: The images and their annotations. The same images are drawn each time: such that
+            every category is seen where that is possible.
+        results: COCO results on these images, each image's best first.
+        threshold: The score from which a detection is drawn.
     """
-    photo = to_cell(read_image(split.image_path(image)), SHEET_CELL)
+    colors = {category_id: k for k, category_id in enumerate(split.categories)}
+    kinds = [{a["category_id"] for a in split.annotations[image["id"]]} for image in split.images]
+    images = [split.images[position] for position in choose_examples(kinds)[:PANEL_IMAGES]]
+    found: dict[int, list] = {image["id"]: [] for image in images}
+    for row in results:
+        if row["score"] >= threshold and row["image_id"] in found:
+            found[row["image_id"]].append(row)
+    pictures = []
+    for image in images:
+        photo = to_cell(read_image(split.image_path(image)))
+        columns = split.annotations[image["id"]], found[image["id"]]
+        pictures.append([draw_objects(photo, items, image, split, colors) for items in columns])
+    return draw_panel(pictures, ("annotation", f"found, score >= {threshold:g}"))
+
+
+def draw_objects(
+    photo: np.ndarray,
+    items: list[dict[str, Any]],
+    image: dict[str, Any],
+    split: CocoSplit,
+    colors: dict[int, int],
+) -> np.ndarray:
+    """A photo with masks, or boxes of objects without one.
+
+    Of each category the largest object is named, of detections the first one with its score, and
+    the number of all.
+
+    Args:
+        photo: uint8 (H, W, 3), scaled as it shall be shown.
+        items: Annotations, or COCO results, on it.
+        image: Its record, with the size that these are of.
+        split: The one it is of.
+        colors: Category -> index into drawing.PALETTE.
+    """
     height, width = photo.shape[:2]
-    items = sorted(split.annotations[image["id"]], key=lambda item: -item["area"])
+    items = sorted(items, key=lambda item: -item.get("area", 0))
     number = Counter(item["category_id"] for item in items)
     labels = []
     for item in items:
         count = number.pop(item["category_id"], 0)
-        times = f" \N{MULTIPLICATION SIGN}{count}" if count > 1 else ""
-        labels.append(f"{split.phrase(item['category_id'])}{times}" if count else "")
+        note = f" {item['score']:.2f}" if "score" in item else ""
+        note += f" \N{MULTIPLICATION SIGN}{count}" if count > 1 else ""
+        labels.append(split.phrase(item["category_id"]) + note if count else "")
 
     def mask_of(item: dict) -> np.ndarray:
-        if item["segmentation"] is None:
+        if item.get("segmentation") is None:
             return np.zeros((height, width), dtype=bool)
         mask = decode_mask(item["segmentation"], image["height"], image["width"])
         return np.asarray(Image.fromarray(mask).resize((width, height)))
@@ -144,7 +194,7 @@ def draw_objects(split: CocoSplit, image: dict, colors: dict[int, int]) -> np.nd
         boxes,
         labels,
         [colors[item["category_id"]] for item in items],
-        outlined=[item["segmentation"] is None for item in items],
+        outlined=[item.get("segmentation") is None for item in items],
     )
 
 

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "exchange": {"checkpoint", "lora_layers"},
     "intervals": {"coco", "metrics"},
     "report": {"coco", "drawing", "intervals", "metrics"},
-    "runlog": set(),
+    "runlog": {"drawing"},
     "video": {"coco", "drawing", "images", "metrics"},
 }
 # What scripts of a folder share; `rivals` is for all benchmarks.

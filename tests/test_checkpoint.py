@@ -425,6 +425,9 @@ def test_set_aside_takes_the_first_free_number(tmp_path):
     run.mkdir()
     (run / "new").touch()
     assert set_aside(run) == tmp_path / "run.2"
+    run.mkdir()
+    (run / "new").touch()
+    assert set_aside(run, replace=True) is None and not run.exists()
 
 
 # Interruptions ------------------------------------------------------------------------------------

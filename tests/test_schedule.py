@@ -15,6 +15,7 @@ from sam3_lora.engine import (
     memory_use,
     progress_text,
     seed_everything,
+    short_warmup,
 )
 
 # The learning rate --------------------------------------------------------------------------------
@@ -50,6 +51,10 @@ def test_short_runs_have_a_rate_from_0_to_1(schedule, total, warmup):
     assert all(0 <= rate <= 1 for rate in found)
     if schedule != "inverse_sqrt":
         assert found[0] > 0  # no step is lost
+
+
+def test_a_short_run_has_a_short_warmup():
+    assert [short_warmup(100, total) for total in (5000, 1000, 999, 9)] == [100, 100, 99, 0]
 
 
 # Optimizer, seeds, memory -------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_a_run_writes_what_its_docstring_says(run_dir):
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         *("best_model", "last_model", "checkpoint-3", "config.yaml"),
-        *("log.jsonl", "train.log", "curves.png"),
+        *("log.jsonl", "metrics.csv", "train.log", "curves.png", "val_panel.png"),
     }
     adapter = torch.load(run_dir / "best_model" / "lora_weights.pt", weights_only=True)
     assert adapter["categories"] == {"red_part": "red part", "blue_part": "blue part"}
@@ -259,6 +259,7 @@ def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
     config = config_module.config_from_args(parsed)
     monkeypatch.setattr(train_sam3_lora, "config_from_args", lambda _: config)
     monkeypatch.setattr(train_sam3_lora, "save_config", lambda *_: None)
+    monkeypatch.setattr(train_sam3_lora, "plain_config", lambda _: {})
     for section in sections.values():
         monkeypatch.setattr(type(section), "__getattribute__", recording(type(section)))
     assert train_sam3_lora.main(args) == 0

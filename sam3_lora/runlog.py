@@ -1,0 +1,209 @@
+"""Where a run's figures go while it trains.
+
+    log.jsonl      a line a logged step and a validation; what follows is made from it
+    metrics.csv    the same, as a table
+    curves.png     the same, drawn
+    val_panel.png  annotations beside what the adapter finds
+    events.out.tfevents.*   the same for TensorBoard, wandb/ for Weights & Biases: where asked for
+
+A figure has one name in the table, TensorBoard and Weights & Biases: train/loss, val/ap.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sam3_lora.drawing import draw_curves, save_picture
+
+LOG_FILE = "log.jsonl"
+TABLE_FILE = "metrics.csv"
+WANDB_ID_FILE = "wandb_id.txt"
+# Optional package -> what is imported of it.
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+class RunLogError(RuntimeError):
+    """A service for figures that cannot be used: what was expected, found, to do."""
+
+
+def check_packages(**asked: bool) -> None:
+    """Imports the optional packages that are asked for.
+
+    Args:
+        asked: whether each of PACKAGES is.
+
+    Raises:
+        RunLogError: one is not there.
+    """
+    for name in (name for name, wanted in asked.items() if wanted):
+        try:
+            importlib.import_module(PACKAGES[name])
+        except ImportError as error:
+            raise RunLogError(
+                f"output.{name} is true: expected the package {name}, found {error}; "
+                f"pip install {name}, or drop --{name}"
+            ) from error
+
+
+def flat_figures(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's figures but its step, by their names: `train/<name>`, of a validation `val/<name>`.
+
+    Args:
+        row: of log.jsonl: "step" and figures, or "step" and the dict "val" of them.
+    """
+    if "val" in row:
+        return {f"val/{name}": value for name, value in row["val"].items()}
+    return {f"train/{k.removeprefix('train_')}": v for k, v in row.items() if k != "step"}
+
+
+class RunLog:
+    """A run's folder, open for figures.
+
+    Args:
+        folder: of the run.
+        step: rows after it are dropped: a resumed run makes them again.
+        evaluated: whether this step's validation was done; if not, its row is dropped too.
+        tensorboard, wandb: whether figures also go there, see `check_packages`.
+        settings: the run's, plain values, for Weights & Biases.
+
+    Raises:
+        RunLogError: Weights & Biases cannot be reached.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int = 0,
+        *,
+        evaluated: bool = True,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.rows = _kept_rows(folder / LOG_FILE, step, evaluated)
+        _replace(folder / LOG_FILE, "".join(map(_line, self.rows)))
+        self._write_table()
+        self._events = self._wandb = None
+        if tensorboard:
+            writer = importlib.import_module(PACKAGES["tensorboard"]).SummaryWriter
+            # TensorBoard then hides what an interrupted run wrote of the steps to come.
+            self._events = writer(str(folder), purge_step=step + 1 if step else None)
+        if wandb:
+            self._wandb = _open_wandb(folder, settings)
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Adds the figures of a step: a row as `flat_figures` takes."""
+        self.rows.append(row)
+        _append(self.folder / LOG_FILE, _line(row))
+        figures = flat_figures(row)
+        if figures.keys() <= set(self._columns):
+            _append(self.folder / TABLE_FILE, self._table([row]))
+        else:
+            self._write_table()
+        known = {name: value for name, value in figures.items() if value is not None}
+        if self._events:
+            for name, value in known.items():
+                self._events.add_scalar(name, value, row["step"])
+            self._events.flush()
+        if self._wandb:
+            self._wandb.log({"step": row["step"], **known})
+
+    def show(self, step: int, panel: np.ndarray | None = None) -> None:
+        """Draws the curves anew and, where given, a step's panel, uint8 (H, W, 3)."""
+        draw_curves(self.rows, self.folder / "curves.png")
+        if panel is None:
+            return
+        save_picture(panel, self.folder / "val_panel.png")
+        if self._events:
+            self._events.add_image("val/panel", panel, step, dataformats="HWC")
+            self._events.flush()
+        if self._wandb:
+            image = importlib.import_module("wandb").Image(panel)
+            self._wandb.log({"step": step, "val/panel": image})
+
+    def close(self) -> None:
+        """Ends what was opened."""
+        if self._events:
+            self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _write_table(self) -> None:
+        """Writes the whole table: columns are added on the right as figures first come up."""
+        names = (name for row in self.rows for name in flat_figures(row))
+        self._columns = list(dict.fromkeys(("step", *names)))
+        header = ",".join(self._columns) + "\n"
+        _replace(self.folder / TABLE_FILE, header + self._table(self.rows))
+
+    def _table(self, rows: list[dict[str, Any]]) -> str:
+        """Rows as lines of the table; what a row has not, or is undefined, is empty."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        writer.writerows({"step": row["step"], **flat_figures(row)} for row in rows)
+        return text.getvalue()
+
+
+def _kept_rows(path: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
+    """The rows of log.jsonl up to a step, but a last one that a kill left half-written."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        again = "val" in row and not evaluated
+        if row["step"] < step or (row["step"] == step and not again):
+            rows.append(row)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row as a line of log.jsonl."""
+    return json.dumps(row) + "\n"
+
+
+def _append(path: Path, line: str) -> None:
+    """Adds a line to a file in one write, which a kill does not cut."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _open_wandb(folder: Path, settings: dict[str, Any] | None) -> Any:
+    """Begins a run of Weights & Biases, or goes on with the one whose id the folder holds."""
+    wandb, id_file = importlib.import_module("wandb"), folder / WANDB_ID_FILE
+    if not id_file.exists():
+        _replace(id_file, secrets.token_hex(8))
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "sam3-lora"),
+            name=folder.name,
+            dir=str(folder),
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            config=settings,
+        )
+    except wandb.Error as error:
+        raise RunLogError(
+            f"--wandb: expected a login to Weights & Biases, found {error}; run `wandb login`, or "
+            "set WANDB_MODE=offline"
+        ) from error
+    # Its own step only ever rises; a resumed run goes over some steps again.
+    run.define_metric("*", step_metric="step")
+    return run
