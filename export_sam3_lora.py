@@ -68,7 +68,7 @@ The difference was not measured here. Evaluate the adapter twice on one split, a
 
     python evaluate_sam3_lora.py --lora_weights ADAPTER --output_dir as_trained
     python evaluate_sam3_lora.py --lora_weights ADAPTER --output_dir stock --model_geometry_cls hf
-    python export_sam3_lora.py peft --lora_weights ADAPTER --output_dir DIR \\
+    python export_sam3_lora.py COMMAND --lora_weights ADAPTER --output_dir DIR \\
         --metrics as_trained/metrics.json --stock_metrics stock/metrics.json"""
 VIDEO_SNIPPET = """\
 from transformers import Sam3VideoModel, Sam3VideoProcessor
@@ -145,9 +145,7 @@ def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:
     """
     place = Path(os.path.abspath(output))
     used = [path.resolve() for path in (Path(), *inputs) if path.exists()]
-    if any(path.is_relative_to(place.resolve()) and path != place for path in used) or (
-        place == Path.cwd()
-    ):
+    if any(path.is_relative_to(place.resolve()) for path in used):
         raise ConfigError(f"{output} holds files in use, so it is not renamed; name another place")
     names = {path.name for path in place.iterdir()} if place.is_dir() else set()
     if overwrite and names and not (CARD in names and names & {PEFT_CONFIG, "config.json"}):
@@ -194,9 +192,9 @@ def export_peft(args: argparse.Namespace) -> Path:
 
 def merge(args: argparse.Namespace) -> Path:
     """Writes the base with the adapter inside, with its card."""
-    place = check_output(args.output_dir, args.overwrite, [args.lora_weights])
     content = checkpoint.read_adapter(args.lora_weights)
     name = args.model_name or content["base_model"]
+    place = check_output(args.output_dir, args.overwrite, [args.lora_weights, Path(name)])
     card = build_card(args, content, portable_name(name))
     model = load_video_model(name) if args.video else load_model(name)[0]
     detector = model.detector_model if args.video else model
@@ -226,7 +224,9 @@ def import_adapter(args: argparse.Namespace) -> Path:
         described = {"base_fingerprint": known, "base_model": own_base}
         checkpoint.check_base(described, model, args.source)
     elif own_base and own_base != name:
-        log.warning("%s was trained on %s; only its shapes prove %s", args.source, own_base, name)
+        log.warning(
+            "%s names %s as its base: that %s is it was not checked", args.source, own_base, name
+        )
     lora, state = fit(foreign, model, args.source)
     apply_lora(model, lora)
     load_lora_state_dict(model, state)
@@ -416,30 +416,30 @@ def adapter_table(content: Mapping[str, Any]) -> list[str]:
     return table(["", ""], [[name, str(value)] for name, value in rows.items()])
 
 
-def push(folder: Path, repo_id: str, private: bool, files: list[str] | None = None) -> str:
-    """Uploads a folder, or some of its files, to a model repository of the hub.
+def push(place: Path, repo_id: str, private: bool) -> str:
+    """Uploads a file, or all of a folder, to a model repository of the hub.
 
     Args:
-        folder: what to upload.
+        place: what to upload.
         repo_id: `user/name`; made where there is none.
         private: whether one that is made is private.
-        files: names within the folder; None uploads all.
 
     Returns:
         The repository's address.
 
     Raises:
-        HubError: refused, offline, or without a token; the folder is as it was.
+        HubError: refused, offline, or without a token; what is on disk is as it was.
     """
+    folder, files = (place, None) if place.is_dir() else (place.parent, [place.name])
     try:
         api = HfApi()
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files)
     except Exception as error:  # the client's, the connection's, a token's: of many modules
-        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+        reason = " ".join(str(error).split())[:MAX_REASON].rstrip(". ") or type(error).__name__
         raise HubError(
-            f"--push_to_hub: {folder} is written, but not uploaded to {repo_id}: {reason}; run "
-            f"`hf auth login`, then `hf upload {repo_id} {folder}`"
+            f"--push_to_hub: {place} is written, but not uploaded to {repo_id}: {reason}; run "
+            f"`hf auth login`, then `hf upload {repo_id} {place}`"
         ) from error
     return str(address)
 
@@ -465,8 +465,7 @@ def main(argv: list[str] | None = None) -> int:
     place = commands[args.command](args)
     sys.stdout.write(f"{place}\n")
     if args.push_to_hub:
-        folder, files = (place, None) if place.is_dir() else (place.parent, [place.name])
-        sys.stdout.write(f"{push(folder, args.push_to_hub, args.private, files)}\n")
+        sys.stdout.write(f"{push(place, args.push_to_hub, args.private)}\n")
     return 0
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -30,6 +30,12 @@ from sam3_lora.checkpoint import ADAPTER_FILE, FORMAT, read_adapter
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+# Layer, and A or B.
+OUR_KEY = re.compile(rf"((?:{'|'.join(COMPONENTS)})\..+)\.lora_([AB])")
+PEFT_KEY = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_([AB])\.weight")
+# The weight of a Linear layer is (out, in) as ours, a bare parameter (in, out). `detector.` leads
+# within the video model, `module.` within a data-parallel one.
+META_KEY = re.compile(r"(?:module\.)?(?:detector\.)?(.+?)(?:\.lora)?\.lora_([AB])(\.weight)?")
 # Our description of an adapter in the safetensors file's metadata, where PEFT does not look.
 METADATA = "sam3_lora"
 # PEFT's settings that change what the matrices mean; none has a counterpart here.
@@ -161,7 +167,7 @@ def write_peft(folder: Path, content: Mapping[str, Any], base: str) -> None:
         AdapterError: a layer lacks one of its two matrices, or their ranks are not the file's.
     """
     lora: LoRAConfig = content["lora_config"]
-    pairs = _pair(content["lora"].items(), _our_key, "the adapter")
+    pairs = _pair(content["lora"], OUR_KEY, "the adapter")
     odd = [n for n, (a, b) in pairs.items() if (a.shape[0], b.shape[1]) != (lora.rank, lora.rank)]
     if odd:
         raise AdapterError(f"the adapter: expected rank {lora.rank}, found others in {_some(odd)}")
@@ -244,7 +250,7 @@ def _refuse_alpha(alpha: float | None, source: Path) -> None:
 def _as_foreign(content: dict[str, Any], source: Path) -> Foreign:
     """Our own file's content."""
     lora: LoRAConfig = content.pop("lora_config")
-    pairs = _pair(content.pop("lora").items(), _our_key, source)
+    pairs = _pair(content.pop("lora"), OUR_KEY, source)
     return Foreign(
         {name: (*pair, lora.alpha) for name, pair in pairs.items()},
         lora.dropout,
@@ -266,19 +272,22 @@ def _read_peft(folder: Path) -> Foreign:
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        rank, alpha, dropout = config["r"], float(config["lora_alpha"]), config["lora_dropout"]
+        alpha, dropout = float(config["lora_alpha"]), float(config["lora_dropout"])
+        rank, ranks = int(config["r"]), _patterns(config, "rank_pattern")
+        alphas = _patterns(config, "alpha_pattern")
         with safe_open(weights, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             told = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, re.error, SafetensorError) as error:
         raise AdapterError(f"--source: {folder} is damaged: {error!r}; get a full copy") from error
     _refuse_settings(config, folder)
-    pairs = _pair(tensors.items(), _peft_key, folder)
+    pairs = _pair(tensors, PEFT_KEY, folder)
     rslora = bool(config.get("use_rslora"))
     layers = {}
     for name, (a, b) in pairs.items():
-        own_rank = _pattern(config.get("rank_pattern"), name, rank)
-        own_alpha = _pattern(config.get("alpha_pattern"), name, alpha)
+        # PEFT takes the first pattern that a name ends in.
+        own_rank = next((int(v) for p, v in ranks if p.match(name)), rank)
+        own_alpha = next((v for p, v in alphas if p.match(name)), alpha)
         if a.shape[0] != own_rank:
             raise AdapterError(
                 f"--source: {folder}: expected rank {own_rank} of {PEFT_CONFIG}, found "
@@ -291,7 +300,7 @@ def _read_peft(folder: Path) -> Foreign:
     lora = told.pop("lora_config", None)
     return Foreign(
         layers,
-        float(dropout),
+        dropout,
         lora and (tuple(lora["target_modules"]), tuple(lora["components"])),
         tuple(targets) if whole else None,
         {"base_model": config.get("base_model_name_or_path"), "geometry_cls": "hf", **told},
@@ -310,10 +319,10 @@ def _refuse_settings(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """A layer's value of PEFT's rank_pattern or alpha_pattern, the first that matches its end."""
-    matches = (v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name))
-    return next(matches, default)
+def _patterns(config: Mapping[str, Any], key: str) -> list[tuple[re.Pattern[str], float]]:
+    """PEFT's rank_pattern or alpha_pattern: ends of names, as expressions, with their values."""
+    patterns = config.get(key) or {}
+    return [(re.compile(rf"(.*\.)?({end})$"), float(v)) for end, v in patterns.items()]
 
 
 def _read_meta(content: Any, source: Path, alpha: float | None) -> Foreign:
@@ -330,7 +339,7 @@ def _read_meta(content: Any, source: Path, alpha: float | None) -> Foreign:
         is_model = any(re.match(r"(detector|tracker|backbone)\.", str(key)) for key in tensors)
         kind = "Meta's own sam3.pt, a whole model" if is_model else "another kind of file"
         raise AdapterError(f"--source: expected an adapter, found {kind}, {source}; {LOAD_INSTEAD}")
-    pairs = _pair(tensors.items(), _meta_key, source)
+    pairs = _pair(tensors, META_KEY, source)
     if alpha is None:
         raise AdapterError(
             f"--alpha: {source} does not store the alpha that it was trained with; find it in that "
@@ -348,64 +357,42 @@ def _read_meta(content: Any, source: Path, alpha: float | None) -> Foreign:
         if b.shape[0] % len(names):
             found = f"found {b.shape[0]} outputs in {meta_name}"
             raise AdapterError(f"--source: {source}: expected thirds of a fused layer, {found}")
+        if twice := [name for name in names if name in layers]:
+            found = f"found {_some(twice)} in {meta_name} and in another"
+            raise AdapterError(f"--source: {source}: expected each layer once, {found}")
         parts = zip(names, b.chunk(len(names)), strict=True)
         layers |= {name: (a, part, alpha) for name, part in parts}
     return Foreign(layers, description={"geometry_cls": "meta"})
 
 
-def _our_key(key: str) -> tuple[str, str, bool] | None:
-    """Layer, A or B, whether it is transposed, of a key of ours."""
-    match = re.fullmatch(rf"((?:{'|'.join(COMPONENTS)})\..+)\.lora_([AB])", key)
-    return match and (match[1], match[2], False)
-
-
-def _peft_key(key: str) -> tuple[str, str, bool] | None:
-    """The same of a key of PEFT's."""
-    match = re.fullmatch(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_([AB])\.weight", key)
-    return match and (match[1], match[2], False)
-
-
-def _meta_key(key: str) -> tuple[str, str, bool] | None:
-    """The same of a Meta-named key; the weight of a Linear layer is (out, in) as ours, a bare
-    parameter (in, out). `detector.` leads within the video model, `module.` within DDP."""
-    match = re.fullmatch(
-        r"(?:module\.)?(?:detector\.)?(.+?)(?:\.lora)?\.lora_([AB])(\.weight)?", key
-    )
-    return match and (match[1], match[2], not match[3])
-
-
 def _pair(
-    tensors: Any, parse: Callable[[str], tuple[str, str, bool] | None], source: object
+    tensors: Mapping[str, torch.Tensor], keys: re.Pattern[str], source: object
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A (rank, in) and B (out, rank), fp32, of each layer; AdapterError lists all that is odd."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     odd, misshapen = [], []
-    for key, tensor in tensors:
-        place = parse(str(key))
-        if place is None:
+    for key, tensor in tensors.items():
+        match = keys.fullmatch(str(key))
+        if match is None or match[2] in found.get(match[1], {}):
             odd.append(str(key))
         elif not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
             misshapen.append(str(key))
         else:
-            name, side, transposed = place
-            found.setdefault(name, {})[side] = (tensor.T if transposed else tensor).float()
-    single = [name for name, sides in found.items() if len(sides) == 1]
-    misshapen += [
-        name
-        for name, sides in found.items()
-        if len(sides) == 2 and sides["A"].shape[0] != sides["B"].shape[1]
-    ]
-    infinite = [n for n, s in found.items() if not all(t.isfinite().all() for t in s.values())]
+            transposed = keys is META_KEY and not match[3]
+            found.setdefault(match[1], {})[match[2]] = (tensor.T if transposed else tensor).float()
+    whole = {name: (s["A"], s["B"]) for name, s in found.items() if len(s) == 2}
+    misshapen += [name for name, (a, b) in whole.items() if a.shape[0] != b.shape[1]]
+    infinite = [n for n, pair in whole.items() if not all(t.isfinite().all() for t in pair)]
     _raise_faults(
-        f"{source}",
+        str(source),
         {
-            "keys that are none of a LoRA adapter's": odd,
+            "keys that are none of a LoRA adapter's, or stand twice": odd,
             "that are no pair of matrices of one rank (of a convolution?)": misshapen,
-            "layers with A or B alone": single,
+            "layers with A or B alone": [name for name in found if name not in whole],
             "layers with values that are not finite": infinite,
         },
     )
-    return {name: (sides["A"], sides["B"]) for name, sides in found.items()}
+    return whole
 
 
 def fit(
@@ -477,6 +464,9 @@ def _check_layers(
             "layers that are not Linear": [n for n in layers if n in modules and n not in linears],
             "layers of parts that are not adapted here": outside,
             "misshapen": misshapen,
+            "whose alpha is not a number > 0": [
+                f"{n}: {alpha}" for n, (_, _, alpha) in layers.items() if not 0 < alpha < math.inf
+            ],
             "missing": [n for n in named if n not in layers and n not in UNUSED_LINEARS],
         },
     )

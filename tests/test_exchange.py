@@ -1,6 +1,7 @@
 """Adapters in PEFT's format and with Meta's names: read exactly, or refused by name."""
 
 import json
+import math
 import pickle
 import re
 from pathlib import Path
@@ -268,7 +269,9 @@ SPOILT_CONFIG = {
     "kind": ({"peft_type": "IA3"}, "peft_type 'IA3'"),
     "rank": ({"r": 4}, "expected rank 4 of adapter_config.json, found 3"),
     "target": ({"target_modules": ["fc1", "box_head.layer1"]}, "found 9 missing"),
-    "no rank": ({"r": None}, "is damaged|expected rank None"),
+    "alpha": ({"lora_alpha": -1}, "2 whose alpha is not a number > 0"),
+    "pattern": ({"alpha_pattern": {"(": 2}}, "is damaged"),
+    "no rank": ({"r": None}, "is damaged"),
 }
 
 
@@ -316,7 +319,7 @@ def test_other_sources_are_refused_by_name(exported, model, tmp_path) -> None:
     assert "is damaged" in refusal(folder, model)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     assert "can hold code" in refusal(folder, model)
-    (tmp_path / "code.pt").write_bytes(pickle.dumps(Path("x")))
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(Path("x"), protocol=2))
     assert "cannot be read safely" in refusal(tmp_path / "code.pt", model)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     assert "found another kind of file" in refusal(tmp_path / "other.pt", model)
@@ -324,6 +327,7 @@ def test_other_sources_are_refused_by_name(exported, model, tmp_path) -> None:
 
 SPOILT_META = {
     "no alpha": ({}, None, "--alpha: .* does not store the alpha"),
+    "alpha": ({}, math.nan, "whose alpha is not a number > 0"),
     "conv": (
         {"backbone.vision_backbone.convs.0.conv_1x1": (4, 4)},
         ALPHA,
@@ -332,6 +336,12 @@ SPOILT_META = {
     "points": ({"geometry_encoder.points_direct_project": (2, 64)}, ALPHA, "no counterpart"),
     "resizer": ({"backbone.language_backbone.resizer": (64, 64)}, ALPHA, "no counterpart"),
     "thirds": ({"backbone.vision_backbone.trunk.blocks.0.attn.qkv": (64, 64)}, ALPHA, "of a fused"),
+    "twice": (
+        {"backbone.vision_backbone.trunk.blocks.1.attn.k_proj": (64, 64)},
+        ALPHA,
+        "expected each layer once, found vision_encoder.backbone.layers.1.attention.k_proj in",
+    ),
+    "both ways": ({"detector.transformer.encoder.layers.0.linear1": (64, 128)}, ALPHA, "2 keys"),
     "shape": ({"transformer.encoder.layers.0.linear2": (64, 64)}, ALPHA, "1 misshapen"),
     "depth": ({"transformer.encoder.layers.7.linear2": (64, 64)}, ALPHA, "the base does not have"),
     "base too": ("original_layer.weight", ALPHA, "1 keys that are none of a LoRA adapter's"),

@@ -123,11 +123,11 @@ def test_what_is_written_is_uploaded(hub, adapter, tmp_path, capsys, kind) -> No
     assert ("README.md" in names) == (kind != "import")
 
 
-@pytest.mark.parametrize("kind", ["refused", "offline", "no token", "nobody there"])
+@pytest.mark.parametrize("kind", ["refused", "offline", "no token", "nobody there", "of a file"])
 def test_a_failed_upload_is_one_line_after_the_local_write(
     hub, adapter, tmp_path, capsys, monkeypatch, kind
 ) -> None:
-    hub.refuse = kind == "refused"
+    hub.refuse = kind in ("refused", "of a file")
     if kind == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     if kind == "no token":
@@ -135,11 +135,12 @@ def test_a_failed_upload_is_one_line_after_the_local_write(
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     if kind == "nobody there":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert export_sam3_lora.main(command("peft", adapter, tmp_path)) == 2
+    command_kind = "import" if kind == "of a file" else "peft"
+    assert export_sam3_lora.main(command(command_kind, adapter, tmp_path)) == 2
     out, err = capsys.readouterr()
-    folder = tmp_path / "out"
-    assert out == f"{folder}\n" and (folder / "README.md").is_file() and hub.files == {}
+    place = tmp_path / {"peft": "out", "import": "lora_weights.pt"}[command_kind]
+    assert out == f"{place}\n" and place.exists() and hub.files == {}
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in err
-    assert f"{folder} is written, but not uploaded to {REPO}: " in errors[0]
-    assert f"run `hf auth login`, then `hf upload {REPO} {folder}`" in errors[0]
+    assert f"{place} is written, but not uploaded to {REPO}: " in errors[0]
+    assert f"run `hf auth login`, then `hf upload {REPO} {place}`" in errors[0]
