@@ -56,8 +56,7 @@ TOKEN_NOTES = {
     "meta": """\
 Trained as SAM 3 itself was, with the geometry encoder's image token beside the text
 (`geometry_cls: meta`). A stock text-only call of `Sam3Model`, and `Sam3VideoModel`, leave that
-token out, so the model then reads other inputs than it was trained on and may find less. One
-padding box, as in the snippet below, brings the token back.""",
+token out, so the model then reads other inputs than it was trained on and may find less.""",
     "hf": """\
 Trained without the geometry encoder's image token (`geometry_cls: hf`), as stock text-only calls of
 `Sam3Model` and `Sam3VideoModel` run: they give what was trained.""",
@@ -242,7 +241,8 @@ def build_card(args: argparse.Namespace, content: Mapping[str, Any], base: str) 
     is_peft, video = args.command == "peft", getattr(args, "video", False)
     subject = "a LoRA adapter of SAM 3" if is_peft else "SAM 3 with a LoRA adapter merged into it"
     link = f"[{base}](https://huggingface.co/{base})"
-    local = Path(args.model_name or content["base_model"]).is_dir() or not HUB_ID.fullmatch(base)
+    name = args.model_name or content["base_model"]
+    local = Path(name).is_dir() or name != base or not HUB_ID.fullmatch(base)
     of_base = f"`{base}`, a local folder of whoever exported it" if local else link
     lines = [
         *front_matter(args, base),
@@ -257,6 +257,8 @@ def build_card(args: argparse.Namespace, content: Mapping[str, Any], base: str) 
     lines += ["", "## Figures", "", *figure_table(args, content)]
     token = content.get("geometry_cls", "meta")
     lines += ["", "## Text-only calls", "", TOKEN_NOTES[token]]
+    if token == "meta" and not video:
+        lines += ["One padding box, as in the snippet below, brings the token back."]
     if token == "meta" and not args.stock_metrics:
         lines += ["", HOW_TO_MEASURE]
     if video:
@@ -300,21 +302,22 @@ def prompt_table(content: Mapping[str, Any]) -> list[str]:
 
 def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[str]:
     """Validation's figures of the training run, or those of evaluations that the flags name."""
-    columns = {f"validation, step {content.get('step', 0)}": content.get("metrics", {})}
+    if args.stock_metrics and not args.metrics:
+        raise ConfigError("--stock_metrics: expected --metrics of the same split too; give both")
     evaluated = {
         name: read_metrics(f"--{flag}", path)
         for flag, name in (("metrics", "as trained"), ("stock_metrics", "stock text-only call"))
         if (path := getattr(args, flag))
     }
-    if evaluated:
-        splits = {json.dumps([m["data"], m["split"]]) for m in evaluated.values()}
-        if len(splits) > 1:
-            raise ConfigError(
-                "--metrics, --stock_metrics: expected evaluations of one split, found those of "
-                f"{' and '.join(sorted(splits))}; evaluate both on the same"
-            )
-        split = next(iter(evaluated.values()))["split"]
-        columns = {f"{name}, {split}": validation_figures(m) for name, m in evaluated.items()}
+    splits = {split for split, _ in evaluated.values()}
+    if len(splits) > 1:
+        raise ConfigError(
+            "--metrics, --stock_metrics: expected evaluations of one split, found those of "
+            f"{' and '.join(sorted(splits))}; evaluate both on the same"
+        )
+    columns = {f"{name}, {Path(split).name}": f for name, (split, f) in evaluated.items()}
+    if not evaluated:
+        columns = {f"validation, step {content.get('step', 0)}": content.get("metrics", {})}
     names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
     if not names:
         return ["The adapter's file holds none."]
@@ -328,12 +331,11 @@ def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[s
     return table(["", *columns], rows)
 
 
-def read_metrics(flag: str, path: Path) -> dict[str, Any]:
-    """An evaluation's metrics.json."""
+def read_metrics(flag: str, path: Path) -> tuple[str, dict[str, Any]]:
+    """The split's folder and the figures of an evaluation's metrics.json."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        validation_figures(metrics)
-        return metrics | {"data": metrics["data"], "split": metrics["split"]}
+        return str(metrics["data"]), validation_figures(metrics)
     except (ValueError, KeyError, TypeError) as error:
         expected = "metrics.json of evaluate_sam3_lora.py"
         raise ConfigError(f"{flag}: expected {expected}, found {path} ({error!r})") from error

@@ -276,6 +276,7 @@ def test_video_model_holds_the_merged_detector_bit_for_bit(
     assert export(*words, tmp_path / "image")[0] == 0
     code, _, err = export(*words, tmp_path / "video", "--video", "--model_name", video_base)
     assert code == 0, err
+    assert export(*words, tmp_path / "alone", "--model_name", video_base)[0] == 0
     detector = Sam3Model.from_pretrained(tmp_path / "image").state_dict()
     before = Sam3VideoModel.from_pretrained(video_base).state_dict()
     whole, report = Sam3VideoModel.from_pretrained(tmp_path / "video", output_loading_info=True)
@@ -285,8 +286,9 @@ def test_video_model_holds_the_merged_detector_bit_for_bit(
     for name, tensor in weights.items():
         own = name.removeprefix("detector_model.")
         assert torch.equal(tensor, detector[own] if own != name else before[name]), name
-    alone = Sam3Model.from_pretrained(tmp_path / "video").state_dict()
-    assert all(torch.equal(alone[name], tensor) for name, tensor in detector.items())
+    for folder in ("video", "alone"):
+        weights = Sam3Model.from_pretrained(tmp_path / folder).state_dict()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in detector.items())
     card = (tmp_path / "video" / "README.md").read_text(encoding="utf-8")
     assert "16 layers are adapted: the adapter also shifts what the tracker sees" in card
     assert Sam3Processor.from_pretrained(tmp_path / "video")
@@ -363,6 +365,8 @@ def test_measured_figures_stand_side_by_side_on_the_card(export, adapters, tmp_p
     words = ["peft", "--lora_weights", adapters / "meta.pt", "--output_dir", tmp_path / "out"]
     words += ["--metrics", write_metrics(tmp_path / "a.json", 0.75)]
     stock_words = ["--stock_metrics", write_metrics(tmp_path / "b.json", 0.74)]
+    code, _, err = export(*words[:-2], *stock_words)
+    assert code == 2 and "--stock_metrics: expected --metrics" in err
     assert export(*words, *stock_words)[0] == 0
     _, body = read_card(tmp_path / "out")
     assert "|  | as trained, test | stock text-only call, test |" in body
