@@ -278,10 +278,14 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     return matched
 
 
-def remove_lora(model: nn.Module) -> None:
-    """Puts the exact base layers back in place of every LoRA layer; undoes `apply_lora`."""
+def remove_lora(model: nn.Module, keep_update: bool = False) -> None:
+    """Puts the base layers back in place of every LoRA layer: the exact ones, which undoes
+    `apply_lora`, or with `keep_update` those that the update is merged into."""
     for name, module in list(lora_modules(model)):
-        module.unmerge()
+        if keep_update:
+            module.merge()
+        else:
+            module.unmerge()
         parent_name, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent_name), leaf, module.base)
 

@@ -26,6 +26,7 @@ evaluation  outputs to detections, a split to its metrics; a model ready to run
 prediction  prompts on a photo: texts and boxes to detections
 checkpoint  the adapter file and the resume state
 runlog      where a run's figures go: log, table, curves, TensorBoard, Weights & Biases
+exchange    adapters in PEFT's format and with Meta's names, to and from ours
 scenes      drawn scenes: the demo task, and what the demo model knows
 drawing     overlays, panels, curves
 """

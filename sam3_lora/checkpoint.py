@@ -317,15 +317,18 @@ def remove_old_checkpoints(run_dir: Path, limit: int) -> list[Path]:
 
 
 def set_aside(run_dir: Path, replace: bool = False) -> Path | None:
-    """Renames an earlier run's folder to `<run>.1`, or the first free number; or removes it.
+    """Renames an earlier run's folder, or a file, to `<run>.1`, or the first free number; or
+    removes it.
 
     Returns:
         The new name, or None when there was nothing to rename.
     """
-    if not run_dir.exists() or not any(p.name != ".gitkeep" for p in run_dir.iterdir()):
+    if not run_dir.exists():
+        return None
+    if run_dir.is_dir() and not any(p.name != ".gitkeep" for p in run_dir.iterdir()):
         return None
     if replace:
-        shutil.rmtree(run_dir)
+        shutil.rmtree(run_dir) if run_dir.is_dir() else run_dir.unlink()
         return None
     number = 1
     while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():

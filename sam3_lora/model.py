@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, Sam3Config, Sam3Model
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    Sam3Config,
+    Sam3Model,
+    Sam3Processor,
+    Sam3VideoModel,
+    Sam3VideoProcessor,
+)
 from transformers.utils import logging as hf_logging
 
 from lora_layers import LoRALinear
@@ -49,18 +59,39 @@ def load_model(name: str) -> tuple[Sam3Model, Any]:
             model.
     """
     _read_config(name)
+    model = _load_weights(Sam3Model, name)
+    with _quiet_library():
+        return model, load_tokenizer(name)
+
+
+def load_video_model(name: str) -> Sam3VideoModel:
+    """Loads SAM 3's video model in fp32, frozen and in eval mode; `detector_model` is a Sam3Model.
+
+    Args:
+        name: hub id, or a local folder, in the hub's layout.
+
+    Raises:
+        ModelError: as for `load_model`, or without the tracker's weights.
+    """
+    if _read_config(name).model_type != "sam3_video":
+        raise ModelError(
+            f"{name}: expected SAM 3's video model, found the detector alone; name a base with a "
+            "tracker, such as facebook/sam3"
+        )
+    return _load_weights(Sam3VideoModel, name)
+
+
+def _load_weights(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
+    """A model of a class, in fp32, frozen and in eval mode; ModelError unless all of it is read."""
     try:
         with _quiet_library():
-            model, report = Sam3Model.from_pretrained(
+            model, report = kind.from_pretrained(
                 name,
                 dtype=torch.float32,
                 attn_implementation="sdpa",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
             )
-            tokenizer = load_tokenizer(name)
-    except ModelError:
-        raise
     # All there are: a damaged file raises what its reader trips over; the cause shows by --debug.
     except Exception as error:
         raise ModelError(_access_hint(name, error)) from error
@@ -68,7 +99,32 @@ def load_model(name: str) -> tuple[Sam3Model, Any]:
     if problems:
         found = "; ".join(f"{len(v)} {k} (first: {sorted(v)[0]})" for k, v in problems.items())
         raise ModelError(f"{name}: expected every weight of SAM 3, found {found}; get a full copy")
-    return model.requires_grad_(False).eval(), tokenizer
+    return model.requires_grad_(False).eval()
+
+
+def save_model(model: PreTrainedModel, base: str, folder: Path, dtype: torch.dtype) -> bool:
+    """Writes a model by `save_pretrained`, with the processor of its base.
+
+    Args:
+        model: detector or video model, without LoRA layers; it is cast in place.
+        base: hub id or folder that it came from.
+        folder: where to write.
+        dtype: of the weights written.
+
+    Returns:
+        Whether the base has a processor; without one its tokenizer is written.
+    """
+    video = isinstance(model, Sam3VideoModel)
+    with _quiet_library():
+        model.to(dtype).save_pretrained(folder)
+        for kind in (Sam3VideoProcessor, Sam3Processor) if video else (Sam3Processor,):
+            try:
+                kind.from_pretrained(base).save_pretrained(folder)
+            except (OSError, ValueError, TypeError):  # what the library raises without one
+                continue
+            return True
+        load_tokenizer(base).save_pretrained(folder)
+    return False
 
 
 def load_meta_model(name: str) -> tuple[Sam3Model, bool]:
@@ -153,14 +209,14 @@ def tokenize(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tens
 def _refuse_other_formats(name: str) -> None:
     """Names what a path is when it is something we know and cannot load."""
     path = Path(name)
+    if "sam3.1" in path.name.lower():
+        raise ModelError(
+            f"model.name: {name} is SAM 3.1, whose weights do not fit Sam3Model; use facebook/sam3"
+        )
     if path.is_file():
         raise ModelError(
             f"model.name: expected a hub id or a folder with config.json, found the file {path}; "
             "Meta's own sam3.pt is another format: use facebook/sam3 (transformers weights)"
-        )
-    if "sam3.1" in path.name.lower():
-        raise ModelError(
-            f"model.name: {name} is SAM 3.1, whose weights do not fit Sam3Model; use facebook/sam3"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(

@@ -1,0 +1,475 @@
+r"""Hands an adapter on: to PEFT, merged into its base, or from others into this project's file.
+
+    python export_sam3_lora.py peft --lora_weights outputs/sam3_lora/best_model \
+        --output_dir outputs/peft --license cc-by-4.0
+    python export_sam3_lora.py merge --lora_weights outputs/sam3_lora/best_model \
+        --output_dir outputs/merged
+    python export_sam3_lora.py import --source outputs/peft --output outputs/imported.pt
+
+Writes:
+    peft     adapter_model.safetensors and adapter_config.json, which stock PEFT and
+             Sam3Model.load_adapter read; README.md, a model card
+    merge    a Sam3Model, or with --video a Sam3VideoModel, with its processor, by save_pretrained;
+             README.md
+    import   an adapter file of this project, from PEFT's folder, from one of ours, or from a .pt
+             file with the layer names of Meta's own code
+--push_to_hub USER/NAME uploads what was written. A folder or file that is in the way is renamed, or
+replaced with --overwrite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+
+from lora_layers import AdapterError, apply_lora, load_lora_state_dict, remove_lora
+from sam3_lora import checkpoint
+from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
+from sam3_lora.evaluation import validation_figures
+from sam3_lora.exchange import PEFT_CONFIG, fit, portable_name, read_source, write_peft
+from sam3_lora.model import PUBLISHED, ModelError, load_model, load_video_model, save_model
+
+log = logging.getLogger("export")
+
+CARD = "README.md"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Characters of a server's answer in a message.
+MAX_REASON = 200
+# Targets that a card lists: an imported adapter may name each layer.
+MAX_TARGETS = 12
+# A hub id, to which a card can link.
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+TOKEN_NOTES = {
+    "meta": """\
+Trained as SAM 3 itself was, with the geometry encoder's image token beside the text
+(`geometry_cls: meta`). A stock text-only call of `Sam3Model`, and `Sam3VideoModel`, leave that
+token out, so the model then reads other inputs than it was trained on and may find less.""",
+    "hf": """\
+Trained without the geometry encoder's image token (`geometry_cls: hf`), as stock text-only calls of
+`Sam3Model` and `Sam3VideoModel` run: they give what was trained.""",
+}
+HOW_TO_MEASURE = """\
+The difference was not measured here. Evaluate the adapter twice on one split, as trained and with
+`--model_geometry_cls hf`, and export it again with both `metrics.json`:
+
+    python evaluate_sam3_lora.py --lora_weights ADAPTER --output_dir as_trained
+    python evaluate_sam3_lora.py --lora_weights ADAPTER --output_dir stock --model_geometry_cls hf
+    python export_sam3_lora.py COMMAND --lora_weights ADAPTER --output_dir DIR \\
+        --metrics as_trained/metrics.json --stock_metrics stock/metrics.json"""
+VIDEO_SNIPPET = """\
+from transformers import Sam3VideoModel, Sam3VideoProcessor
+
+model = Sam3VideoModel.from_pretrained({folder!r}).eval()
+# The processor needs the base's video processor; where it has none, name facebook/sam3.
+processor = Sam3VideoProcessor.from_pretrained({folder!r})"""
+
+
+class HubError(ValueError):
+    """An upload that cannot be done, or that failed; the message says what to do by hand."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, one subcommand a direction."""
+    parser = FlagParser(description=__doc__, epilog="Each command has its own --help.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    write = argparse.ArgumentParser(add_help=False)
+    write.add_argument("--overwrite", action="store_true", help="replace what is there")
+    write.add_argument("--push_to_hub", metavar="USER/NAME", help="upload to this model repository")
+    write.add_argument("--private", action="store_true", help="make a new repository private")
+    folder = folder_parser(write)
+    peft = commands.add_parser("peft", parents=[folder], help="for stock PEFT")
+    base = "base to name in config and card (default: the adapter's own)"
+    peft.add_argument("--model_name", metavar="NAME", help=base)
+    merged = commands.add_parser("merge", parents=[folder], help="a merged model")
+    base = "base to merge into (default: the adapter's own)"
+    merged.add_argument("--model_name", metavar="NAME", help=base)
+    dtype = "of the weights written; the sum is fp32 (default: fp32)"
+    merged.add_argument("--dtype", choices=DTYPES, default="fp32", help=dtype)
+    video = "the whole Sam3VideoModel of a base that has a tracker"
+    merged.add_argument("--video", action="store_true", help=video)
+    add_import_parser(commands, write)
+    return parser
+
+
+def folder_parser(write: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags that `peft` and `merge` share: an adapter, a folder, and what its card says."""
+    folder = argparse.ArgumentParser(add_help=False, parents=[write])
+    add = folder.add_argument
+    # fmt: off
+    add("--lora_weights", type=Path, required=True, help="adapter file, or the folder it is in")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--license", metavar="ID", help="licence of adapter and data, for the card")
+    metrics = "metrics.json of evaluate_sam3_lora.py"
+    add("--metrics", type=Path, metavar="FILE", help=f"{metrics}, for the card's figures")
+    add("--stock_metrics", type=Path, metavar="FILE",
+        help=f"{metrics} of the same split with --model_geometry_cls hf: what stock calls give")
+    # fmt: on
+    return folder
+
+
+def add_import_parser(commands: argparse._SubParsersAction, write: argparse.ArgumentParser) -> None:
+    """Adds the subcommand `import`."""
+    add = commands.add_parser(
+        "import", parents=[write], help="from PEFT, or with Meta's names"
+    ).add_argument
+    # fmt: off
+    add("--source", type=Path, required=True, help="PEFT's folder, or a .pt file")
+    add("--output", type=Path, required=True, metavar="FILE", help=".pt to write")
+    add("--model_name", metavar="NAME",
+        help=f"base to hold it against (default: the source's own, else {PUBLISHED})")
+    add("--alpha", type=float, help="LoRA's alpha, which Meta-named files do not hold")
+    add("--geometry_cls", choices=("meta", "hf"),
+        help="how it was trained (default: as the source says; meta with Meta's names, hf of PEFT)")
+    # fmt: on
+
+
+def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:
+    """The absolute path to write to.
+
+    Raises:
+        ConfigError: what is there is in use, or with `overwrite` is no earlier export.
+    """
+    place = Path(os.path.abspath(output))
+    used = [path.resolve() for path in (Path(), *inputs) if path.exists()]
+    if any(path.is_relative_to(place.resolve()) for path in used):
+        raise ConfigError(f"{output} holds files in use, so it is not renamed; name another place")
+    names = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    if overwrite and names and not (CARD in names and names & {PEFT_CONFIG, "config.json"}):
+        raise ConfigError(f"--overwrite: expected an earlier export in {output}, found other files")
+    return place
+
+
+def make_way(place: Path, overwrite: bool) -> None:
+    """Removes an earlier export, or renames it."""
+    if overwrite and place.is_dir():
+        shutil.rmtree(place)
+    elif not overwrite and (moved := checkpoint.set_aside(place)):
+        log.warning("%s was there: renamed to %s", place, moved)
+
+
+def write_folder(place: Path, overwrite: bool, fill: Callable[[Path], None]) -> None:
+    """Has `fill` write into a folder beside the target that takes its place when it is whole."""
+    scratch = place.with_name(f".{place.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        fill(scratch)
+        make_way(place, overwrite)
+        shutil.rmtree(place, ignore_errors=True)  # empty, or with a .gitkeep
+        os.replace(scratch, place)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def export_peft(args: argparse.Namespace) -> Path:
+    """Writes the adapter for PEFT, with its card."""
+    place = check_output(args.output_dir, args.overwrite, [args.lora_weights])
+    content = checkpoint.read_adapter(args.lora_weights)
+    base = portable_name(args.model_name or content["base_model"])
+    card = build_card(args, content, base)
+
+    def fill(folder: Path) -> None:
+        write_peft(folder, content, base)
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+    write_folder(place, args.overwrite, fill)
+    return place
+
+
+def merge(args: argparse.Namespace) -> Path:
+    """Writes the base with the adapter inside, with its card."""
+    content = checkpoint.read_adapter(args.lora_weights)
+    name = args.model_name or content["base_model"]
+    place = check_output(args.output_dir, args.overwrite, [args.lora_weights, Path(name)])
+    card = build_card(args, content, portable_name(name))
+    model = load_video_model(name) if args.video else load_model(name)[0]
+    detector = model.detector_model if args.video else model
+    checkpoint.load_adapter(args.lora_weights, detector, content)
+    remove_lora(detector, keep_update=True)
+
+    def fill(folder: Path) -> None:
+        if not save_model(model, name, folder, DTYPES[args.dtype]):
+            log.warning("%s has no processor: its tokenizer alone is written", name)
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+    write_folder(place, args.overwrite, fill)
+    return place
+
+
+def import_adapter(args: argparse.Namespace) -> Path:
+    """Writes an adapter of another format as ours, once all of it fits the base."""
+    if args.output.suffix != ".pt" or args.output.is_dir():
+        raise ConfigError(f"--output: expected a file name that ends in .pt, found {args.output}")
+    place = Path(os.path.abspath(args.output))
+    foreign = read_source(args.source, args.alpha)
+    told = dict(foreign.description)
+    own_base = told.pop("base_model", None)
+    name = args.model_name or own_base or PUBLISHED
+    model, _ = load_model(name)
+    if known := told.pop("base_fingerprint", None):
+        described = {"base_fingerprint": known, "base_model": own_base}
+        checkpoint.check_base(described, model, args.source)
+    elif own_base and own_base != name:
+        log.warning(
+            "%s names %s as its base: that %s is it was not checked", args.source, own_base, name
+        )
+    lora, state = fit(foreign, model, args.source)
+    apply_lora(model, lora)
+    load_lora_state_dict(model, state)
+    told = {"categories": {}, "step": 0, "metrics": {}, **told, "base_model": name}
+    told["geometry_cls"] = args.geometry_cls or told["geometry_cls"]
+    make_way(place, args.overwrite)
+    checkpoint.save_adapter(place, model, lora, **told)
+    return place
+
+
+def build_card(args: argparse.Namespace, content: Mapping[str, Any], base: str) -> str:
+    """The model card of what `peft` or `merge` writes."""
+    is_peft, video = args.command == "peft", getattr(args, "video", False)
+    subject = "a LoRA adapter of SAM 3" if is_peft else "SAM 3 with a LoRA adapter merged into it"
+    link = f"[{base}](https://huggingface.co/{base})"
+    name = args.model_name or content["base_model"]
+    local = Path(name).is_dir() or name != base or not HUB_ID.fullmatch(base)
+    of_base = f"`{base}`, a local folder of whoever exported it" if local else link
+    lines = [
+        *front_matter(args, base),
+        f"# {subject[0].upper()}{subject[1:]}",
+        "",
+        f"Base model: {of_base}.",
+    ]
+    if not is_peft:
+        written = args.dtype + (" (the sum is fp32)" if args.dtype != "fp32" else "")
+        lines += [f"The weights, in {written}, hold the base's: its licence applies to them too."]
+    lines += ["", "## Prompts", "", *prompt_table(content)]
+    lines += ["", "## Figures", "", *figure_table(args, content)]
+    token = content.get("geometry_cls", "meta")
+    lines += ["", "## Text-only calls", "", TOKEN_NOTES[token]]
+    if token == "meta" and not video:
+        lines += ["One padding box, as in the snippet below, brings the token back."]
+    if token == "meta" and not args.stock_metrics:
+        lines += ["", HOW_TO_MEASURE]
+    if video:
+        lines += ["", "## Video", "", video_note(content)]
+    snippet = VIDEO_SNIPPET.format(folder=place_name(args)) if video else use(args, base, content)
+    lines += ["", "## Use", "", "```python", snippet, "```"]
+    lines += ["", "## Adapter", "", *adapter_table(content)]
+    return "\n".join(lines) + "\n"
+
+
+def front_matter(args: argparse.Namespace, base: str) -> list[str]:
+    """The card's YAML; strings in JSON's form, which YAML reads."""
+    hub_name = base if HUB_ID.fullmatch(base) else Path(base).name
+    fields = {"base_model": hub_name, "library_name": "peft"}
+    tags = ["sam3", "lora", "instance-segmentation"]
+    if args.command == "merge":
+        fields |= {"library_name": "transformers", "base_model_relation": "finetune"}
+    if args.license:
+        fields["license"] = args.license
+    rows = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
+    return ["---", *rows, f"tags: {json.dumps(tags)}", "---", ""]
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]
+
+
+def prompt_table(content: Mapping[str, Any]) -> list[str]:
+    """The categories with their prompts and, where they were chosen, thresholds."""
+    thresholds = content.get("thresholds") or {}
+    head = ["category", "prompt"] + (["threshold"] if thresholds else [])
+    rows = [
+        [name, phrase]
+        + ([f"{thresholds[name]:.3g}" if name in thresholds else "-"] if thresholds else [])
+        for name, phrase in content.get("categories", {}).items()
+    ]
+    return table(head, rows) if rows else ["The adapter's file names none."]
+
+
+def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[str]:
+    """Validation's figures of the training run, or those of evaluations that the flags name."""
+    if args.stock_metrics and not args.metrics:
+        raise ConfigError("--stock_metrics: expected --metrics of the same split too; give both")
+    evaluated = {
+        name: read_metrics(f"--{flag}", path)
+        for flag, name in (("metrics", "as trained"), ("stock_metrics", "stock text-only call"))
+        if (path := getattr(args, flag))
+    }
+    splits = {split for split, _ in evaluated.values()}
+    if len(splits) > 1:
+        raise ConfigError(
+            "--metrics, --stock_metrics: expected evaluations of one split, found those of "
+            f"{' and '.join(sorted(splits))}; evaluate both on the same"
+        )
+    columns = {f"{name}, {Path(split).name}": f for name, (split, f) in evaluated.items()}
+    if not evaluated:
+        columns = {f"validation, step {content.get('step', 0)}": content.get("metrics", {})}
+    names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
+    if not names:
+        return ["The adapter's file holds none."]
+    rows = [
+        [
+            name,
+            *("undefined" if f.get(name) is None else f"{f[name]:.4g}" for f in columns.values()),
+        ]
+        for name in names
+    ]
+    return table(["", *columns], rows)
+
+
+def read_metrics(flag: str, path: Path) -> tuple[str, dict[str, Any]]:
+    """The split's folder and the figures of an evaluation's metrics.json."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        return str(metrics["data"]), validation_figures(metrics)
+    except (ValueError, KeyError, TypeError) as error:
+        expected = "metrics.json of evaluate_sam3_lora.py"
+        raise ConfigError(f"{flag}: expected {expected}, found {path} ({error!r})") from error
+
+
+def video_note(content: Mapping[str, Any]) -> str:
+    """What the merged adapter means for the tracker."""
+    vision = len({n.rsplit(".", 1)[0] for n in content["lora"] if n.startswith("vision_encoder.")})
+    if not vision:
+        return "The tracker is the base's, and so is the vision tower that it reads."
+    return (
+        "The tracker's weights are the base's, but it reads the same vision tower as the detector, "
+        f"in which {vision} layers are adapted: the adapter also shifts what the tracker sees."
+    )
+
+
+def place_name(args: argparse.Namespace) -> str:
+    """Where a card's snippet finds the export: on the hub, or in the folder as it was named."""
+    output = args.output_dir
+    return args.push_to_hub or (output.name if output.is_absolute() else output.as_posix())
+
+
+def use(args: argparse.Namespace, base: str, content: Mapping[str, Any]) -> str:
+    """Python that loads the export with stock libraries and runs a prompt on photo.jpg."""
+    place = json.dumps(place_name(args), ensure_ascii=False)
+    prompt = next(iter(content.get("categories", {}).values()), "car")
+    imports = ["import torch", "from PIL import Image"]
+    load = [f"model = Sam3Model.from_pretrained({place}, dtype=torch.float32).eval()"]
+    processor = place
+    if args.command == "peft":
+        imports += ["from peft import PeftModel"]
+        processor = json.dumps(base, ensure_ascii=False)
+        load = [
+            f"base = Sam3Model.from_pretrained({processor}, dtype=torch.float32)",
+            f"model = PeftModel.from_pretrained(base, {place}).eval()",
+        ]
+    token = []
+    if content.get("geometry_cls", "meta") == "meta":
+        token = [
+            "# One padding box: without it the model runs otherwise than it was trained.",
+            "inputs |= {",
+            '    "input_boxes": torch.zeros(1, 1, 4),',
+            '    "input_boxes_labels": torch.full((1, 1), -10),',
+            "}",
+        ]
+    return "\n".join(
+        [
+            *imports,
+            "from transformers import Sam3Model, Sam3Processor",
+            "",
+            *load,
+            f"processor = Sam3Processor.from_pretrained({processor})",
+            'image = Image.open("photo.jpg").convert("RGB")',
+            f"prompt = {json.dumps(prompt, ensure_ascii=False)}",
+            'inputs = dict(processor(images=image, text=prompt, return_tensors="pt"))',
+            *token,
+            "with torch.no_grad():",
+            "    outputs = model(**inputs)",
+            "found = processor.post_process_instance_segmentation(",
+            "    outputs, threshold=0.5, target_sizes=[image.size[::-1]]",
+            ")[0]",
+            'print(found["scores"], found["boxes"])',
+        ]
+    )
+
+
+def adapter_table(content: Mapping[str, Any]) -> list[str]:
+    """What was adapted, and how."""
+    lora = content["lora_config"]
+    rows = {
+        "rank": lora.rank,
+        "alpha": f"{lora.alpha:g}",
+        "dropout in training": f"{lora.dropout:g}",
+        "layers": len(content["lora"]) // 2,
+        "target_modules": ", ".join(lora.target_modules[:MAX_TARGETS])
+        + (", ..." if len(lora.target_modules) > MAX_TARGETS else ""),
+        "components": ", ".join(lora.components),
+        "step": content.get("step", 0),
+    }
+    return table(["", ""], [[name, str(value)] for name, value in rows.items()])
+
+
+def push(place: Path, repo_id: str, private: bool) -> str:
+    """Uploads a file, or all of a folder, to a model repository of the hub.
+
+    Args:
+        place: what to upload.
+        repo_id: `user/name`; made where there is none.
+        private: whether one that is made is private.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        HubError: refused, offline, or without a token; what is on disk is as it was.
+    """
+    folder, files = (place, None) if place.is_dir() else (place.parent, [place.name])
+    try:
+        api = HfApi()
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files)
+    except Exception as error:  # the client's, the connection's, a token's: of many modules
+        reason = " ".join(str(error).split())[:MAX_REASON].rstrip(". ") or type(error).__name__
+        raise HubError(
+            f"--push_to_hub: {place} is written, but not uploaded to {repo_id}: {reason}; run "
+            f"`hf auth login`, then `hf upload {repo_id} {place}`"
+        ) from error
+    return str(address)
+
+
+def check_hub(args: argparse.Namespace) -> None:
+    """Raises before any work where a repository cannot have the name of --push_to_hub."""
+    if args.private and not args.push_to_hub:
+        raise ConfigError("--private: expected --push_to_hub USER/NAME with it, found none")
+    try:
+        if args.push_to_hub:
+            validate_repo_id(args.push_to_hub)
+    except ValueError as error:
+        raise ConfigError(f"--push_to_hub: expected USER/NAME, found {error}") from error
+
+
+@user_errors(ConfigError, AdapterError, ModelError, HubError)
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    setup_logging(None)
+    check_hub(args)
+    commands = {"peft": export_peft, "merge": merge, "import": import_adapter}
+    place = commands[args.command](args)
+    sys.stdout.write(f"{place}\n")
+    if args.push_to_hub:
+        sys.stdout.write(f"{push(place, args.push_to_hub, args.private)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
