@@ -26,5 +26,6 @@ evaluation  outputs to detections, a split to its metrics; a model ready to run
 prediction  prompts on a photo: texts and boxes to detections
 checkpoint  the adapter file and the resume state
 scenes      drawn scenes: the demo task, and what the demo model knows
+intervals   bootstrap over images, thresholds chosen on a split
 drawing     overlays, panels, curves
 """
