@@ -27,5 +27,6 @@ prediction  prompts on a photo: texts and boxes to detections
 checkpoint  the adapter file and the resume state
 scenes      drawn scenes: the demo task, and what the demo model knows
 intervals   bootstrap over images, thresholds chosen on a split
+report      the evidence: figures with intervals, on one HTML page
 drawing     overlays, panels, curves
 """

@@ -463,3 +463,15 @@ def _best_threshold(matches: Mapping[str, np.ndarray], default: float) -> float:
     values = 2 * np.cumsum(hit) / (np.cumsum(kept) + objects)
     values[:-1][scores[:-1] == scores[1:]] = -1  # equal scores are kept together
     return float(scores[np.argmax(values)])
+
+
+def format_thresholds(chosen: Mapping[str, Any]) -> str:
+    """`calibrate`'s thresholds of the categories with objects, as a table."""
+    rows = [row for row in chosen["per_category"] if row["objects"]]
+    width = max((len(row["name"]) for row in rows), default=0)
+    lines = [f"{'':<{width}}  objects  threshold  F1 at {chosen['default']:g}  F1 at threshold"]
+    for row in rows:
+        note = f"  fewer than {FEW_OBJECTS} objects" if row["few"] else ""
+        figures = f"{row['threshold']:>9.3f}  {row['F1_before']:>9.3f}  {row['F1_after']:>15.3f}"
+        lines.append(f"{row['name']:<{width}}  {row['objects']:>7}  {figures}{note}")
+    return "\n".join(lines)
