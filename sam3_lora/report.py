@@ -466,7 +466,7 @@ def _thresholds_section(chosen: Mapping[str, Any], split: str) -> str:
     state = "stored in the adapter" if chosen["stored"] else "not stored: --calibrate does"
     kind = "masks" if chosen["iou_type"] == "segm" else "boxes"
     intro = (
-        f"The adapter's scores from which on F1 is highest at IoU {chosen['iou']:g} of {kind}, "
+        f"Where F1 of the adapter's detections is highest, at IoU {chosen['iou']:g} of {kind}, "
         f"chosen on {escape(chosen['chosen_on'])} ({state}). A category without an object keeps "
         f"{default}."
     )
