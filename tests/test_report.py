@@ -5,8 +5,11 @@ import json
 import logging
 import re
 import shutil
+from argparse import Namespace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ import prepare_data
 from lora_layers import AdapterError, LoRAConfig, apply_lora, lora_modules
 from sam3_lora import checkpoint, intervals, report
 from sam3_lora.coco import CocoSplit, encode_mask
+from sam3_lora.config import Config
 from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS
 from sam3_lora.model import load_model
 
@@ -385,6 +389,22 @@ def test_the_verdict_says_what_moved_and_what_did_not(metrics) -> None:
     assert "everyday" not in report.verdict(metrics)
     own["mask AP50"]["difference"]["interval"] = None
     assert "mask AP50 0.500 -> 0.500 (+0.000);" in report.verdict(metrics)
+
+
+def test_categories_that_are_part_of_every_word_leave_none_to_ask(metrics) -> None:
+    split, results = a_split(dict(enumerate("aeiou", start=1)))
+    split = replace(split, prompts={})
+    args = Namespace(report=Path("out"), probe_dir=None)
+    more, strangers = evaluate_sam3_lora.choose_more(args, split, Config())
+    assert strangers == [] and more["words"].categories == {}
+    found = evaluate_sam3_lora.run_more(SimpleNamespace(masks=True), more, Config())
+    assert found == {"words": ({}, [])}
+    summary = intervals.collect(split, results, 0.5, 100).summary(split)
+    model = {"split": (summary, results), **found}
+    made = report.build_report({"split": split, **more}, model, model, [], most=100, resamples=9)
+    assert made["figures"][report.OUT_OF_DOMAIN]["adapter"] == {"value": None, "interval": None}
+    page = Page(report.build_page({**metrics, "report": made}, {}))
+    assert "0 words that no category is named after" in page.text
 
 
 def test_numbers_are_never_a_negative_zero() -> None:
