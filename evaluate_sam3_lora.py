@@ -4,11 +4,18 @@
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --split test
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --base --split test
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --compare
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --report out
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --calibrate
 
 Every category is asked for on every image. Prints a table: AP of boxes and masks by category, cgF1
 with its factors pmF1 and IL_MCC, mask IoU, and how often an absent category is found all the same.
 --base evaluates the base model that the adapter was trained on, or --model_name, without adapter.
 --compare evaluates the adapter, then its base in the same process, and prints both side by side.
+--report does so into its folder, adds a page with intervals and pictures, and asks both models for
+words that should find nothing, and for what the base should still know: the annotated concepts of
+--probe_dir or, without it, everyday words.
+--calibrate chooses each category's threshold for the highest F1 on the split and stores it in the
+adapter's file, where inference.py reads it. Choose on val, and measure on test.
 
 Writes to output_dir (default: evaluation_<split>/ beside the adapter, or in outputs/base/):
     metrics.json      every figure
@@ -18,6 +25,8 @@ and with --compare, the base's figures being `base` in metrics.json:
     base_detections.json   those of the base
     panel.png              annotation, base and adapter side by side, on 4 images at most, those
                            with the most different categories
+and with --report:
+    report.html            all of it on one page that needs no other file; `report` in metrics.json
 """
 
 from __future__ import annotations
@@ -25,7 +34,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,8 +49,6 @@ from sam3_lora.coco import (
     CocoSplit,
     DatasetError,
     check_images,
-    decode_mask,
-    read_image,
     read_split,
     split_dir,
 )
@@ -55,8 +61,8 @@ from sam3_lora.config import (
     setup_logging,
     user_errors,
 )
-from sam3_lora.dataset import PromptDataset
-from sam3_lora.drawing import draw_overlay, draw_panel, to_cell
+from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS, PromptDataset, other_words
+from sam3_lora.drawing import draw_panel
 from sam3_lora.engine import TooLargeError
 from sam3_lora.evaluation import (
     evaluate_split,
@@ -66,16 +72,28 @@ from sam3_lora.evaluation import (
     write_json,
 )
 from sam3_lora.forward import Forward
+from sam3_lora.intervals import Evaluated, calibrate, format_thresholds
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.metrics import format_comparison, format_summary
 from sam3_lora.model import ModelError, image_size, num_queries
+from sam3_lora.report import (
+    EVERYDAY_WORDS,
+    PANEL_TITLES,
+    build_page,
+    build_report,
+    draw_examples,
+    draw_rows,
+    list_objects,
+    verdict,
+)
 
 log = logging.getLogger("evaluate")
 
-COMPARISON_FILES = ("base_detections.json", "panel.png")
+FOUND = ("detections.json", "base_detections.json")
+COMPARISON_FILES = ("base_detections.json", "panel.png", "report.html")
 PANEL_IMAGES = 4
-PANEL_TITLES = ("annotation", "base model", "adapter")
+BOOTSTRAP = 1000  # resamples of the images
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,6 +105,30 @@ def build_parser() -> argparse.ArgumentParser:
         "--compare",
         action="store_true",
         help="also evaluate the base without the adapter, and draw both beside the truth",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="as --compare, into DIR, with a page: intervals, forgetting, thresholds, pictures",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=parse_count,
+        metavar="N",
+        help=f"--report: resamples of the intervals, 0 for none (default: {BOOTSTRAP})",
+    )
+    parser.add_argument(
+        "--probe_dir",
+        type=Path,
+        metavar="DIR",
+        help="--report: data folder with other concepts, to see whether the adapter forgot them",
+    )
+    parser.add_argument("--probe_split", help="of --probe_dir (default: test)")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="choose each category's threshold on the split and store it in the adapter's file",
     )
     parser.add_argument(
         "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
@@ -105,14 +147,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_count(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, found {text!r}")
+    return int(text)
+
+
 def check_subject(args: argparse.Namespace) -> None:
     """Raises ConfigError unless the flags name what to evaluate."""
-    if args.compare and (args.base or args.lora_weights is None):
-        found = "--base" if args.base else "no adapter"
+    for flag in ("bootstrap", "probe_dir", "probe_split"):
+        needed = "probe_dir" if flag == "probe_split" else "report"
+        if getattr(args, flag) is not None and getattr(args, needed) is None:
+            raise ConfigError(f"--{flag}: expected with --{needed} DIR, found without; add it")
+    if args.report and args.output_dir:
         raise ConfigError(
-            f"--compare: expected --lora_weights FILE alone, found {found}; it evaluates the "
-            "adapter and its base in one run"
+            "--report: expected without --output_dir, which it names itself; drop one"
         )
+    for flag, purpose in (
+        ("report", "it evaluates the adapter and its base in one run"),
+        ("compare", "it evaluates the adapter and its base in one run"),
+        ("calibrate", "the thresholds are those of an adapter"),
+    ):
+        if getattr(args, flag) and (args.base or args.lora_weights is None):
+            found = "--base" if args.base else "no adapter"
+            raise ConfigError(
+                f"--{flag}: expected --lora_weights FILE alone, found {found}; {purpose}"
+            )
     if args.lora_weights is None and not args.base:
         raise ConfigError(
             "expected an adapter, found none; give --lora_weights FILE, or --base for the base "
@@ -125,26 +186,60 @@ def choose_output(args: argparse.Namespace, data: Path) -> Path:
     beside = Path("outputs/base")
     if args.lora_weights and not args.base:
         beside = args.lora_weights if args.lora_weights.is_dir() else args.lora_weights.parent
-    output_dir = args.output_dir or beside / f"evaluation_{args.split}"
+    output_dir = args.report or args.output_dir or beside / f"evaluation_{args.split}"
     if (output_dir / "metrics.json").exists() and not args.replace:
-        used = [path.resolve() for path in (Path(), data, args.lora_weights) if path]
+        named = (Path(), data, args.lora_weights, args.probe_dir)
+        used = [path.resolve() for path in named if path]
         if any(path.is_relative_to(output_dir.resolve()) for path in used):
+            flag = "--report" if args.report else "--output_dir"
             raise ConfigError(
-                f"--output_dir: {output_dir} holds an earlier evaluation, and files in use, so it "
-                "is not renamed; name another folder, or --overwrite the evaluation"
+                f"{flag}: {output_dir} holds an earlier evaluation, and files in use, so it is not "
+                "renamed; name another folder, or --overwrite the evaluation"
             )
     return output_dir
 
 
-def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, str]:
-    """The model to evaluate, and what it is."""
+def read_images(folder: Path, config: Config) -> CocoSplit:
+    """A split, cut to the images that are evaluated, with these checked."""
+    split = read_split(folder)
+    total = len(split.images)
+    split = replace(split, images=split.images[: config.evaluation.max_val_images])
+    check_images(split)
+    log.info("%s: %d of %d images", folder, len(split.images), total)
+    return split
+
+
+def choose_more(
+    args: argparse.Namespace, split: CocoSplit, config: Config
+) -> tuple[dict[str, CocoSplit], list[str]]:
+    """What a report asks beside the split, and the words that should find nothing.
+
+    The splits are "words", the same images with words for categories, and perhaps "probe".
+    """
+    if not args.report:
+        return {}, []
+    strangers = other_words(OUT_OF_DOMAIN_WORDS, split)
+    known = [] if args.probe_dir else other_words(EVERYDAY_WORDS, split)
+    asked = {
+        "annotations": {image["id"]: [] for image in split.images},
+        "categories": dict(enumerate(strangers + known, start=1)),
+        "prompts": {},
+    }
+    more = {"words": replace(split, **asked)}
+    if args.probe_dir:
+        more["probe"] = read_images(split_dir(args.probe_dir, args.probe_split or "test"), config)
+    return more, strangers
+
+
+def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, str, dict[str, Any]]:
+    """The model to evaluate, what it is, and what its adapter's file holds."""
     adapter = checkpoint.read_adapter(args.lora_weights) if args.lora_weights else {}
     name, geometry_cls = resolve_model(asdict(config.model), vars(args), adapter)
     weights = None if args.base else args.lora_weights
     device, precision = config.hardware.device, config.hardware.mixed_precision
     forward = load_forward(name, geometry_cls, device, precision, weights, adapter)
     forward = replace(forward, compiled=config.hardware.use_compile)
-    return forward, f"{name} + {weights}" if weights else name
+    return forward, f"{name} + {weights}" if weights else name, adapter
 
 
 def build_batches(
@@ -176,51 +271,57 @@ def run_evaluation(
     )
 
 
+def run_more(forward: Forward, more: dict[str, CocoSplit], config: Config) -> dict[str, Evaluated]:
+    """`run_evaluation` of the splits that `choose_more` gives."""
+    masks, found = forward.masks, {}
+    for name, split in more.items():
+        if not split.categories:  # no word is unlike the categories
+            found[name] = {}, []
+            continue
+        batches = build_batches(forward, split, config, compare=True)
+        if name == "words":  # for which there is no annotation and no AP
+            forward.masks = True
+            log.info("%d words on the same images", len(split.categories))
+        limit = replace(config.evaluation, max_detections=1)
+        limited = replace(config, evaluation=limit) if name == "words" else config
+        found[name] = run_evaluation(forward, batches, split, limited)
+    forward.masks = masks
+    return found
+
+
+def measure_thresholds(
+    args: argparse.Namespace, adapter: dict[str, Any], split: CocoSplit, evaluated: Evaluated
+) -> dict[str, Any]:
+    """The adapter's thresholds on a split: its own, or without, or by --calibrate, new ones."""
+    summary, results = evaluated
+    stored = None if args.calibrate else adapter.get("thresholds")
+    iou_type, default = summary["cgf1"]["iou_type"], summary["score_threshold"]
+    chosen = calibrate(split, results, iou_type, default, stored)
+    source = adapter.get("calibration", {}).get("split", "an unknown split")
+    chosen["chosen_on"] = args.split if stored is None else str(source)
+    return {**chosen, "stored": args.calibrate or stored is not None}
+
+
+def store_thresholds(weights: Path, chosen: dict[str, Any], images: int) -> None:
+    """Writes what `measure_thresholds` chose into the adapter."""
+    thresholds = {row["name"]: row["threshold"] for row in chosen["per_category"]}
+    made = {"split": chosen["chosen_on"], "images": images, "iou": chosen["iou"]}
+    checkpoint.store_thresholds(weights, thresholds, made)
+    log.info("stored the thresholds in %s", weights)
+
+
 def draw_comparison(
     split: CocoSplit, base: list[dict[str, Any]], adapter: list[dict[str, Any]], threshold: float
 ) -> np.ndarray:
     """The annotations beside two models' COCO results of score >= threshold, on the images with the
     most different categories."""
-    truth = [
-        {**a, "image_id": image["id"]}
-        for image in split.images
-        for a in split.annotations[image["id"]]
-        if not a["iscrowd"]  # a region to ignore, as in the figures
-    ]
-    kinds = Counter(image_id for image_id, _ in {(a["image_id"], a["category_id"]) for a in truth})
-    images = sorted(split.images, key=lambda image: -kinds[image["id"]])[:PANEL_IMAGES]
-    chosen = {image["id"] for image in images}
-    found = [[row for row in rows if row["score"] >= threshold] for rows in (base, adapter)]
-    columns = [[row for row in rows if row["image_id"] in chosen] for rows in (truth, *found)]
-    # The annotations come first: they get the colours that no two categories share.
-    shown = dict.fromkeys(row["category_id"] for column in columns for row in column)
-    colors = {category_id: k for k, category_id in enumerate(shown)}
-    pictures = []
-    for image in images:
-        photo = read_image(split.image_path(image))
-        own = ([row for row in column if row["image_id"] == image["id"]] for column in columns)
-        pictures.append([draw_cell(photo, rows, split, colors) for rows in own])
+
+    def kinds(image: dict[str, Any]) -> int:
+        return len({a["category_id"] for a in list_objects(split, image)})
+
+    images = sorted(split.images, key=kinds, reverse=True)[:PANEL_IMAGES]
+    pictures, colors = draw_rows(split, images, base, adapter, threshold)
     return draw_panel(pictures, PANEL_TITLES, {split.phrase(c): k for c, k in colors.items()})
-
-
-def draw_cell(
-    photo: np.ndarray, rows: list[dict[str, Any]], split: CocoSplit, colors: dict[int, int]
-) -> np.ndarray:
-    """Annotations or COCO results over their photo, scaled before, so that tags stay readable."""
-    size = photo.shape[:2]
-    cell = to_cell(photo)
-    scale = np.divide(cell.shape[1::-1], size[::-1])  # of x and y
-    corners = np.array([row["bbox"] for row in rows]).reshape(-1, 2, 2).cumsum(axis=1)
-    segmentations = [row.get("segmentation") for row in rows]
-    masks = (to_cell(decode_mask(s, *size) if s else np.zeros(size, bool)) for s in segmentations)
-    scores = [f" {row['score']:.2f}" if "score" in row else "" for row in rows]
-    return draw_overlay(
-        cell,
-        masks if any(segmentations) else None,
-        (corners * scale).reshape(-1, 4),
-        [split.phrase(row["category_id"]) + s for row, s in zip(rows, scores, strict=True)],
-        [colors[row["category_id"]] for row in rows],
-    )
 
 
 def write_files(
@@ -240,6 +341,24 @@ def write_files(
     log.info("wrote %s", output_dir / "metrics.json")
 
 
+def write_pictures(
+    args: argparse.Namespace, output_dir: Path, split: CocoSplit, metrics: dict, found: dict
+) -> None:
+    """Draws base beside adapter, and with --report the page; photos are read again."""
+    models, threshold = [found[name] for name in FOUND[::-1]], metrics["score_threshold"]
+    save = Image.fromarray(draw_comparison(split, *models, threshold)).save
+    write_atomically(output_dir / "panel.png", lambda path: save(path, "PNG"))
+    log.info("wrote %s", output_dir / "panel.png")
+    if args.report:
+        examples = draw_examples(split, *models, metrics["report"]["per_image"], threshold)
+        text = build_page(metrics, examples)
+        write_atomically(
+            output_dir / "report.html", lambda path: path.write_text(text, encoding="utf-8")
+        )
+        log.info("wrote %s", output_dir / "report.html")
+        sys.stdout.write("\n" + verdict(metrics) + "\n")
+
+
 @user_errors(ConfigError, DatasetError, AdapterError, ModelError, TooLargeError)
 def main(argv: list[str] | None = None) -> int:
     """Evaluates what the flags name."""
@@ -247,37 +366,50 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(None)
     config = config_from_args(args)
     check_subject(args)
+    compare = args.compare or args.report is not None
     # 1. The data and where to write, before any weight loads.
     folder = split_dir(args.data_dir, args.split)
     output_dir = choose_output(args, folder)
-    split = read_split(folder)
-    total = len(split.images)
-    split = replace(split, images=split.images[: config.evaluation.max_val_images])
-    check_images(split)
+    split = read_images(folder, config)
+    more, strangers = choose_more(args, split, config)
     # 2. Every category on every image.
-    forward, subject = build_forward(args, config)
-    log.info("%s on %s: %d of %d images", subject, folder, len(split.images), total)
-    batches = build_batches(forward, split, config, args.compare)
+    forward, subject, adapter = build_forward(args, config)
+    log.info("%s on %s", subject, folder)
+    batches = build_batches(forward, split, config, compare)
     summary, results = run_evaluation(forward, batches, split, config)
     described = {"model": subject, "data": str(folder), "split": args.split, **summary}
-    found = {"detections.json": results}
+    found = {FOUND[0]: results}
     sys.stdout.write(format_summary(summary) + "\n")
+    ours = {"split": (summary, results), **run_more(forward, more, config)}
+    if args.calibrate or args.report:
+        described["calibration"] = measure_thresholds(args, adapter, split, ours["split"])
+        sys.stdout.write("\n" + format_thresholds(described["calibration"]) + "\n")
     # 3. The base model that is under the adapter.
-    if args.compare:
+    if compare:
         remove_lora(forward.model)
         forward.texts.clear()  # which an adapter may have read
         log.info("its base on the same images")
-        base, found["base_detections.json"] = run_evaluation(forward, batches, split, config)
+        base, found[FOUND[1]] = run_evaluation(forward, batches, split, config)
         described["base"] = base
         sys.stdout.write("\n" + format_comparison(base, summary) + "\n")
-    # 4. The files; the picture last, which reads photos again.
+    if args.report:
+        theirs = {"split": (base, found[FOUND[1]]), **run_more(forward, more, config)}
+        most = described["max_detections"] = config.evaluation.max_detections
+        described["report"] = build_report(
+            {"split": split, **more},
+            theirs,
+            ours,
+            strangers,
+            most=most,
+            resamples=BOOTSTRAP if args.bootstrap is None else args.bootstrap,
+            trained=[text for pair in adapter.get("categories", {}).items() for text in pair],
+        )
+    # 4. The files; the pictures last.
     write_files(output_dir, described, found, args.replace)
-    if args.compare:
-        threshold = config.evaluation.score_threshold
-        panel = draw_comparison(split, found["base_detections.json"], results, threshold)
-        save = Image.fromarray(panel).save
-        write_atomically(output_dir / "panel.png", lambda path: save(path, "PNG"))
-        log.info("wrote %s", output_dir / "panel.png")
+    if args.calibrate:
+        store_thresholds(args.lora_weights, described["calibration"], len(split.images))
+    if compare:
+        write_pictures(args, output_dir, split, described, found)
     return 0
 
 

@@ -16,8 +16,8 @@ Writes, for result.png:
     result_detections.json   COCO results with file_name and prompt; category_id 1: first prompt
     result_masks/*.png       with --save_masks: a 0 and 255 image a detection, in the JSON's order
 and into a folder, for photo.jpg, photo_overlay.png, photo_detections.json and photo_masks/.
-Prints a line an image: detections of each prompt, the best score (also one below --threshold), the
-overlay's path.
+Prints a line an image: detections of each prompt, the best score (also one below the threshold),
+the overlay's path.
 """
 
 import argparse
@@ -56,6 +56,7 @@ log = logging.getLogger("inference")
 
 # Of the files beside an overlay: no other tool's, such as labelme's photo.json, is replaced.
 JSON_ENDING = "_detections.json"
+DEFAULT_THRESHOLD = 0.5  # of the score
 # Problems that a message lists, and training prompts that the log does.
 SHOWN = 3
 SHOWN_PROMPTS = 10
@@ -79,8 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--only_boxed", action="store_true",
         help="keep only detections that lie by half their box or more in a positive box; "
         "without it, all that is like the boxed objects is found")
-    add("--threshold", type=parse_share, default=0.5, metavar="0..1",
-        help="lowest score kept (default: 0.5)")
+    add("--threshold", type=parse_share, metavar="0..1",
+        help="lowest score kept, of every prompt (default: what evaluate_sam3_lora.py --calibrate "
+        "stored for its category in the adapter, else 0.5)")
     add("--nms_iou", type=parse_share, metavar="0..1",
         help="drop a detection whose mask has a larger IoU than this with a better one of the same "
         "prompt (default: keep all)")
@@ -250,8 +252,8 @@ def beside(overlay: Path, ending: str) -> Path:
     return overlay.with_name(overlay.stem.removesuffix("_overlay") + ending)
 
 
-def build_forward(args: argparse.Namespace, options: Config) -> tuple[Forward, dict[str, str]]:
-    """The model, and the phrase of each class that its adapter was trained on."""
+def build_forward(args: argparse.Namespace, options: Config) -> tuple[Forward, dict[str, Any]]:
+    """The model, and what its adapter's file holds."""
     adapter = read_adapter(args.lora_weights) if args.lora_weights else {}
     name, geometry_cls = resolve_model(asdict(options.model), vars(args), adapter)
     device, precision = options.hardware.device, options.hardware.mixed_precision
@@ -264,7 +266,7 @@ def build_forward(args: argparse.Namespace, options: Config) -> tuple[Forward, d
         rest = len(phrases) - SHOWN_PROMPTS
         more = f", ... and {rest} more" if rest > 0 else ""
         log.info("the adapter's training prompts: %s%s", shown, more)
-    return forward, phrases
+    return forward, adapter
 
 
 def use_trained_phrases(prompts: Prompts, phrases: dict[str, str]) -> Prompts:
@@ -276,11 +278,30 @@ def use_trained_phrases(prompts: Prompts, phrases: dict[str, str]) -> Prompts:
     return replace(prompts, texts=texts)
 
 
+def choose_thresholds(
+    threshold: float | None, texts: list[str], adapter: dict[str, Any]
+) -> list[float]:
+    """The lowest score kept of each text: --threshold, else that of its category in the adapter."""
+    if threshold is not None:
+        return [threshold] * len(texts)
+    by_name, phrases = adapter.get("thresholds", {}), adapter.get("categories", {})
+    stored = by_name | {phrases[name]: by_name[name] for name in by_name if name in phrases}
+    shown = {t: f"{stored[t]:.3f} (stored)" for t in texts if t in stored}
+    parts = [f"{text} {shown.get(text, DEFAULT_THRESHOLD)}" for text in texts]
+    if shown:
+        log.info("thresholds: %s", ", ".join(parts))
+    return [stored.get(text, DEFAULT_THRESHOLD) for text in texts]
+
+
 def answer(
-    args: argparse.Namespace, forward: Forward, photo: np.ndarray, prompts: Prompts, max_rows: int
+    args: argparse.Namespace,
+    forward: Forward,
+    photo: np.ndarray,
+    prompts: Prompts,
+    thresholds: list[float],
+    max_rows: int,
 ) -> tuple[Detections, float]:
     """What the flags keep of the detections of one image (H, W, 3), and the best score of all."""
-    thresholds = [args.threshold] * len(prompts.texts)
     found, best = find(forward, photo, prompts, thresholds, max_rows)
     if args.only_boxed:
         positive = [b for b, label in zip(prompts.boxes_xyxy, prompts.labels, strict=True) if label]
@@ -334,14 +355,16 @@ def main(argv: list[str] | None = None) -> int:
     check_images(images, prompts.boxes_xyxy)
     overlays = plan_overlays(args, images)
     # 2. The model.
-    forward, phrases = build_forward(args, options)
-    prompts = use_trained_phrases(prompts, phrases)
+    forward, adapter = build_forward(args, options)
+    prompts = use_trained_phrases(prompts, adapter.get("categories", {}))
+    thresholds = choose_thresholds(args.threshold, prompts.texts, adapter)
     forward.release_text_encoder(prompts.texts)
     # 3. Image by image.
     rows: list[dict[str, Any]] = []
+    max_rows = options.hardware.max_rows_per_forward
     for image_id, (path, overlay) in enumerate(zip(images, overlays, strict=True), start=1):
         photo = coco.read_image(path)
-        found, best = answer(args, forward, photo, prompts, options.hardware.max_rows_per_forward)
+        found, best = answer(args, forward, photo, prompts, thresholds, max_rows)
         write_overlay(overlay, photo, found, prompts)
         if args.save_masks:
             write_masks(beside(overlay, "_masks"), found)

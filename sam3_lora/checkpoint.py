@@ -122,7 +122,36 @@ def read_adapter(path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: expected finite tensors, found {odd[0]} and {len(odd) - 1} more"
         )
+    thresholds, calibration = content.get("thresholds", {}), content.get("calibration", {})
+    if not (_are_thresholds(thresholds) and isinstance(calibration, dict)):
+        raise AdapterError(
+            f"{path}: thresholds: expected numbers from 0 to 1 by category name, found "
+            f"{str(thresholds)[:80]}; take the adapter from its run again"
+        )
     return {**content, "lora_config": LoRAConfig(**fields)}
+
+
+def _are_thresholds(values: Any) -> bool:
+    """Whether values can be the lowest scores kept, by category name."""
+    return isinstance(values, dict) and all(
+        isinstance(name, str) and type(value) in (int, float) and 0 <= value <= 1
+        for name, value in values.items()
+    )
+
+
+def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict[str, Any]) -> None:
+    """Writes thresholds into an adapter's file, in one move; all else in it stays.
+
+    Args:
+        path: as for `read_adapter`.
+        thresholds: category name -> lowest score kept, 0 to 1.
+        calibration: what they were chosen on: `split`, `images`, `iou`.
+
+    Raises:
+        AdapterError: no file that can be read is there.
+    """
+    path = path / ADAPTER_FILE if path.is_dir() else path
+    _write({**_read(path), "thresholds": thresholds, "calibration": calibration}, path)
 
 
 def _is_finite_tensor(value: Any) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ OUT_OF_DOMAIN_WORDS = (
 )  # fmt: skip
 
 Item = dict[str, Any]
+
+
+def other_words(words: Iterable[str], split: CocoSplit) -> list[str]:
+    """The words that are no part of a category's phrase, nor it of them."""
+    phrases = [split.phrase(c).lower() for c in split.categories]
+    return [word for word in words if not any(word in p or p in word for p in phrases if p)]
 
 
 class PromptDataset(Dataset):
@@ -103,16 +110,13 @@ class PromptDataset(Dataset):
         self.augment = augment
         self.flip_probability = flip_probability
         self.seed = seed
-        phrases = [split.phrase(c).lower() for c in split.categories]
-        self.words = [
-            w for w in OUT_OF_DOMAIN_WORDS if not any(w in p or p in w for p in phrases if p)
-        ]
+        self.words = other_words(OUT_OF_DOMAIN_WORDS, split)
         # Of each item: which image, and its tile, or None for the whole photo.
         self.items = self._list_items(over_queries if train else "")
         if train:
             self._report_same_prompts()
             self._report_left_out()
-        elif not self.has_masks():
+        elif any(split.annotations.values()) and not self.has_masks():
             log.warning("the split has no masks: box metrics only")
 
     def __len__(self) -> int:

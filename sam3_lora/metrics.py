@@ -152,6 +152,14 @@ def _annotations(split: CocoSplit) -> Iterator[tuple[dict, dict]]:
 
 def _precision(split: CocoSplit, results: list[dict], iou_type: str) -> np.ndarray:
     """COCOeval's precision (10 IoUs, 101 recalls, categories by id); -1 is undefined."""
+    evaluation = match_coco(split, results, iou_type)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.accumulate()
+    return evaluation.eval["precision"][..., 0, 0]
+
+
+def match_coco(split: CocoSplit, results: list[dict], iou_type: str) -> COCOeval:
+    """Matches COCO results to the objects, as for `coco_ap`; its `evalImgs` hold the matches."""
     truth = []
     for image, a in _annotations(split):
         entry = {**a, "image_id": image["id"]}
@@ -162,16 +170,13 @@ def _precision(split: CocoSplit, results: list[dict], iou_type: str) -> np.ndarr
             entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             entry["iscrowd"] = 1
         truth.append(entry)
-    if not truth:
-        return np.full((len(IOU_THRESHOLDS), 1, len(split.categories)), -1.0)
     found = [{**r, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for r in results]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = COCOeval(_coco_index(split, truth), _coco_index(split, found), iou_type)
         evaluation.params.maxDets = [max(len(found), 1)]  # per image and category: no limit
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [ALL_AREAS], ["all"]
         evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval["precision"][..., 0, 0]
+    return evaluation
 
 
 def _coco_index(split: CocoSplit, annotations: list[dict]) -> COCO:
@@ -231,23 +236,22 @@ def cgf1(ious: Iterable[np.ndarray]) -> dict[str, Any]:
 
     Source: facebookresearch/sam3 eval/cgf1_eval.py, `CGF1Eval`.
     """
-    ious = list(ious)
-    n_dt, n_gt = np.array([iou.shape for iou in ious], dtype=np.int64).reshape(-1, 2).T  # (P,)
-    hits = np.array([(matched_iou(iou)[:, None] >= IOU_THRESHOLDS).sum(axis=0) for iou in ious])
-    hits = hits.reshape(-1, len(IOU_THRESHOLDS))  # (P, 10) true positives
+    n_dt, n_gt, hits = count_hits(ious)
     both = (n_dt > 0) & (n_gt > 0)
-    pairs = _pair_figures(n_dt > 0, n_gt > 0)
+    fired, positive = n_dt > 0, n_gt > 0
+    cells = (fired & positive, fired & ~positive, ~fired & positive, ~fired & ~positive)
+    pairs = pair_figures(*(float(cell.sum()) for cell in cells))
     precision = hits.sum(axis=0) / (n_dt.sum() + OBJECT_EPS)  # (10,)
     pm_precision = hits.sum(axis=0) / (n_dt[both].sum() + OBJECT_EPS)
     recall = hits.sum(axis=0) / (n_gt.sum() + OBJECT_EPS)
-    pm_f1 = _f1(pm_precision, recall, OBJECT_EPS)
+    pm_f1 = f1(pm_precision, recall, OBJECT_EPS)
     local = [hits[both] / (n[both, None] + OBJECT_EPS) for n in (n_dt, n_gt)]
     curves = {
         "cgF1": pm_f1 * pairs["IL_MCC"],
         "precision": precision,
         "recall": recall,
-        "F1": _f1(precision, recall, OBJECT_EPS),
-        "positive_macro_F1": _f1(*local, OBJECT_EPS).sum(axis=0) / max(both.sum(), 1),
+        "F1": f1(precision, recall, OBJECT_EPS),
+        "positive_macro_F1": f1(*local, OBJECT_EPS).sum(axis=0) / max(both.sum(), 1),
         "positive_micro_F1": pm_f1,
         "positive_micro_precision": pm_precision,
     }
@@ -262,22 +266,29 @@ def cgf1(ious: Iterable[np.ndarray]) -> dict[str, Any]:
     return {**figures, "positive_pairs": positives, "negative_pairs": negatives}
 
 
-def _pair_figures(fired: np.ndarray, positive: np.ndarray) -> dict[str, float]:
-    """The IL ("image level") figures: whether prompts fire on the right images, (P,) bools."""
-    tp, fp = float((fired & positive).sum()), float((fired & ~positive).sum())
-    fn, tn = float((~fired & positive).sum()), float((~fired & ~positive).sum())
+def count_hits(ious: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of P pairs (see `cgf1`): detections (P,), objects (P,), matches at each IoU (P, 10)."""
+    ious = list(ious)
+    n_dt, n_gt = np.array([iou.shape for iou in ious], dtype=np.int64).reshape(-1, 2).T
+    hits = np.array([(matched_iou(iou)[:, None] >= IOU_THRESHOLDS).sum(axis=0) for iou in ious])
+    return n_dt, n_gt, hits.reshape(-1, len(IOU_THRESHOLDS))
+
+
+def pair_figures(tp: Any, fp: Any, fn: Any, tn: Any) -> dict[str, Any]:
+    """The IL ("image level") figures: whether prompts fire on the right images, from the numbers
+    of pairs, floats or arrays of them."""
     precision, recall = tp / (tp + fp + PAIR_EPS), tp / (tp + fn + PAIR_EPS)
     scale = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
     return {
         "IL_precision": precision,
         "IL_recall": recall,
-        "IL_F1": _f1(precision, recall, PAIR_EPS),
+        "IL_F1": f1(precision, recall, PAIR_EPS),
         "IL_FPR": fp / (fp + tn + PAIR_EPS),
         "IL_MCC": (tp * tn - fp * fn) / (scale + PAIR_EPS),
     }
 
 
-def _f1(precision: Any, recall: Any, eps: float) -> Any:
+def f1(precision: Any, recall: Any, eps: float) -> Any:
     """Harmonic mean, with the evaluator's eps in its denominator."""
     return 2 * precision * recall / (precision + recall + eps)
 
@@ -340,11 +351,11 @@ class DetectionAccumulator:
         with_mask = sum(bool(a["segmentation"]) for a in objects)
         masks_made = all(r is not None or not len(d["score"]) for d, r in self._images.values())
         use_masks = bool(with_mask and masks_made)
-        box_ious = list(self._pair_ious(split, "bbox"))
-        mask_ious = list(self._pair_ious(split, "segm")) if use_masks else []
+        box_ious = list(self.pair_ious(split, "bbox"))
+        mask_ious = list(self.pair_ious(split, "segm")) if use_masks else []
         cgf1_on_masks = use_masks and with_mask == len(objects)
         ranked = self.results(self.max_detections)
-        fired, absent = self._count_absent(split)
+        fired, absent = self.count_absent(split).sum(axis=0).tolist()
         return {
             "bbox": coco_ap(split, ranked, "bbox"),
             "segm": coco_ap(split, ranked, "segm") if use_masks else None,
@@ -382,7 +393,7 @@ class DetectionAccumulator:
                     wanted = f"expected a mask of (H, W) {sizes[image_id]}"
                     raise ValueError(f"image {image_id}: {wanted}, found {rle['size']}")
 
-    def _pair_ious(self, split: CocoSplit, iou_type: str) -> Iterator[np.ndarray]:
+    def pair_ious(self, split: CocoSplit, iou_type: str) -> Iterator[np.ndarray]:
         """IoU matrix of each pair: detections >= threshold x objects (for masks, with one)."""
         for image in split.images:
             found, rles = self._images[image["id"]]
@@ -404,18 +415,18 @@ class DetectionAccumulator:
                     corners[:, 2:] += corners[:, :2]  # xywh to xyxy
                     yield box_iou(np.asarray(found["boxes_xyxy"])[dt], corners)
 
-    def _count_absent(self, split: CocoSplit) -> tuple[int, int]:
-        """Absent prompts that fired, and all absent prompts; a crowd makes a prompt present."""
-        hits = total = 0
+    def count_absent(self, split: CocoSplit) -> np.ndarray:
+        """Absent prompts that fired, and all absent prompts, of each image, (images, 2); a crowd
+        makes a prompt present."""
+        counts = []
         for image in split.images:
             found, _ = self._images[image["id"]]
             kept = np.asarray(found["score"]) >= self.score_threshold
             fired = set(np.asarray(found["category_id"])[kept].tolist())
             present = {a["category_id"] for a in split.annotations[image["id"]]}
             absent = split.categories.keys() - present
-            hits += len(absent & fired)
-            total += len(absent)
-        return hits, total
+            counts.append((len(absent & fired), len(absent)))
+        return np.array(counts, dtype=np.int64).reshape(-1, 2)
 
 
 def format_summary(summary: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 import evaluate_sam3_lora
 import prepare_data
 from lora_layers import LoRAConfig, apply_lora, lora_modules, remove_lora
-from sam3_lora import checkpoint, evaluation
+from sam3_lora import checkpoint, evaluation, report
 from sam3_lora.coco import CocoSplit
 from sam3_lora.drawing import CELL_SIZE, GUTTER, PALETTE, draw_panel, to_cell
 from sam3_lora.metrics import format_comparison
@@ -180,7 +180,7 @@ def test_the_images_with_the_most_categories_are_drawn(monkeypatch) -> None:
     split = CocoSplit(Path("a.json"), Path("."), images, annotations, names, {})
     drawn = []
     photo = np.full((10, 20, 3), 90, np.uint8)
-    monkeypatch.setattr(evaluate_sam3_lora, "read_image", lambda p: drawn.append(p.name) or photo)
+    monkeypatch.setattr(report, "read_image", lambda p: drawn.append(p.name) or photo)
     panel = evaluate_sam3_lora.draw_comparison(split, [], [], 0.5)
     assert drawn == ["2.png", "5.png", "4.png", "1.png"]
     assert panel.shape[1] == 3 * WIDTH + 4 * GUTTER
