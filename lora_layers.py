@@ -269,10 +269,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     matched = match_modules(model, config)
     model.requires_grad_(False)
     for name in matched:
-        parent_name, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        base = getattr(parent, leaf)
-        setattr(parent, leaf, LoRALinear(base, config.rank, config.alpha, config.dropout))
+        base = model.get_submodule(name)
+        _put(model, name, LoRALinear(base, config.rank, config.alpha, config.dropout))
     strangers = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert not strangers, f"trainable parameters that are not LoRA's: {strangers}"
     return matched
@@ -282,8 +280,19 @@ def remove_lora(model: nn.Module) -> None:
     """Puts the exact base layers back in place of every LoRA layer; undoes `apply_lora`."""
     for name, module in list(lora_modules(model)):
         module.unmerge()
-        parent_name, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), leaf, module.base)
+        _put(model, name, module.base)
+
+
+def restore_lora(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Puts LoRA layers, by dotted name, back on the base that `remove_lora` took them from."""
+    for name, layer in layers.items():
+        _put(model, name, layer)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one of a dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def match_modules(model: nn.Module, config: LoRAConfig) -> list[str]:

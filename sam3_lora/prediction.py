@@ -22,11 +22,13 @@ import torch
 from lora_layers import (
     AdapterError,
     LoRAConfig,
+    LoRALinear,
     apply_lora,
     blend_lora,
     load_lora_state_dict,
-    merge_lora,
+    lora_modules,
     remove_lora,
+    restore_lora,
 )
 from sam3_lora import coco
 from sam3_lora.checkpoint import load_adapter
@@ -54,6 +56,8 @@ class Route:
     adapter: tuple[LoRAConfig, Mapping[str, torch.Tensor]] | None
     # What its text encoder made of them, see `Forward.texts`, which is this one's while it is on.
     texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    # The adapter's layers by name, once they have been on.
+    layers: dict[str, LoRALinear] = field(default_factory=dict, repr=False)
 
     @property
     def leaves_vision(self) -> bool:
@@ -215,13 +219,17 @@ def switch(forward: Forward, route: Route) -> None:
         return
     model = forward.model
     remove_lora(model)
-    if route.adapter:
+    if route.layers:
+        restore_lora(model, route.layers)
+    elif route.adapter:
         lora, state = route.adapter
         apply_lora(model, lora)
         load_lora_state_dict(model, state)
-        if forward.dtype == torch.float32:
-            merge_lora(model)
         model.requires_grad_(False).eval()
+        route.layers.update(lora_modules(model))
+    if forward.dtype == torch.float32:
+        for layer in route.layers.values():
+            layer.merge()
     forward.texts = route.texts
 
 
@@ -231,6 +239,8 @@ def read_texts(forward: Forward, prompts: Prompts) -> None:
         switch(forward, route)
         forward.remember_texts([prompts.texts[row] for row in route.rows])
     forward.release_text_encoder([])
+    for route in prompts.routes:  # made anew at the next change: the text encoder's hold nothing
+        route.layers.clear()
 
 
 @torch.no_grad()

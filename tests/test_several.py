@@ -22,7 +22,6 @@ from lora_layers import (
     remove_lora,
 )
 from sam3_lora import checkpoint, prediction
-from sam3_lora import forward as forward_module
 from sam3_lora.forward import Forward
 from sam3_lora.model import load_model
 from sam3_lora.prediction import Prompts, choose_model, find, plan_routes, read_texts, share_out
@@ -183,7 +182,8 @@ def test_changes_and_vision_passes_are_as_few_as_can_be(
     prompts = Prompts(PROMPTS.texts, [], [], routes)
     read_texts(forward, prompts)
     calls = []
-    for owner, name in ((forward_module.Forward, "encode_trunk"), (prediction, "remove_lora")):
+    spied = ((prediction, "remove_lora"), (prediction, "apply_lora"), (Forward, "encode_trunk"))
+    for owner, name in spied:
         real = getattr(owner, name)
         spy = lambda *args, name=name, real=real: calls.append(name) or real(*args)  # noqa: E731
         monkeypatch.setattr(owner, name, spy)
@@ -192,6 +192,7 @@ def test_changes_and_vision_passes_are_as_few_as_can_be(
     # Of the five routes two adapt the vision tower; each image begins with the one that is on.
     assert calls.count("encode_trunk") == 3 * 3
     assert calls.count("remove_lora") == 3 * 4
+    assert calls.count("apply_lora") == sum(map(bool, BLENDS))
 
 
 def test_one_route_serves_the_prompts_of_one_blend(forward, adapters) -> None:
