@@ -15,7 +15,8 @@ SAM 3 takes a box as an example: it finds everything like the object in it, all 
 that object alone. --only_boxed keeps what lies in the boxes.
 
 Of several adapters on one base, a prompt without a --route goes in equal shares to those that were
-trained on it, and to all where none was. The log says where each prompt went.
+trained on it, and to all where none was; the log says where each went. A blend can find less than
+its parts alone do, so route what an adapter was trained for to that one.
 
 Writes, for result.png:
     result.png               the image with its detections, a colour a prompt; your boxes dashed
