@@ -7,9 +7,16 @@ r"""Finds and outlines what a text, or boxes drawn on an image, describe.
     python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
         --image test.jpg --text_prompt "red car" --bboxes '[[100, 150, 400, 350]]' \
         --output result.png
+    python inference.py --lora_weights cracks=outputs/a/best_model leaks=outputs/b/best_model \
+        --image photos --text_prompt crack "oil leak" car --output outputs/several \
+        --route crack=cracks "oil leak=leaks:0.8,cracks:0.2" car=base
 
 SAM 3 takes a box as an example: it finds everything like the object in it, all over the image, not
 that object alone. --only_boxed keeps what lies in the boxes.
+
+Of several adapters on one base, a prompt without a --route goes in equal shares to those that were
+trained on it, and to the base model where none was; the log says where each went. A blend can find
+less than its parts alone do, so route what an adapter was trained for to that one.
 
 Writes, for result.png:
     result.png               the image with its detections, a colour a prompt; your boxes dashed
@@ -24,6 +31,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -36,21 +44,31 @@ from PIL import Image
 
 from lora_layers import AdapterError
 from sam3_lora import coco, config
-from sam3_lora.checkpoint import read_adapter, set_aside
+from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter, set_aside
 from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import (
     Detections,
     load_forward,
-    resolve_model,
     write_atomically,
     write_json,
 )
 from sam3_lora.forward import VISUAL_PROMPT, Forward
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import ModelError
-from sam3_lora.prediction import Prompts, find, keep_boxed, suppress
+from sam3_lora.prediction import (
+    BASE,
+    Prompts,
+    Route,
+    choose_model,
+    find,
+    keep_boxed,
+    plan_routes,
+    read_texts,
+    share_out,
+    suppress,
+)
 
 log = logging.getLogger("inference")
 
@@ -60,6 +78,10 @@ DEFAULT_THRESHOLD = 0.5  # of the score
 # Problems that a message lists, and training prompts that the log does.
 SHOWN = 3
 SHOWN_PROMPTS = 10
+# Parts of an adapter's path that do not tell one run from another.
+SAME_IN_EVERY_RUN = (ADAPTER_FILE, "best_model", "last_model")
+# The largest weight of an adapter in a blend; minus it is the smallest.
+MAX_WEIGHT = 10
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,11 +89,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = config.FlagParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--lora_weights", type=Path, metavar="PATH",
-        help="adapter: a file, or a folder with lora_weights.pt (default: the base model alone)")
+    add("--lora_weights", nargs="+", action="extend", default=[], metavar="PATH",
+        help="adapter: a file, or a folder with lora_weights.pt (default: the base model alone); "
+        "several of one base, each by its run's folder or as NAME=PATH")
     add("--image", type=Path, required=True, metavar="PATH", help="an image, or a folder of images")
     add("--text_prompt", nargs="+", default=[], metavar="TEXT",
         help='what to find; several: --text_prompt "red car" bus')
+    add("--route", type=parse_route, nargs="+", action="extend", default=[], metavar="TEXT=NAME",
+        help="the adapter that answers a prompt, or 'TEXT=NAME:0.7,NAME2:0.3' for their weighted "
+        f"sum; {BASE}: none (default: those that were trained on it, else the only one or {BASE})")
     add("--bboxes", type=parse_boxes, default=[], metavar="JSON",
         help="example boxes '[[x1, y1, x2, y2], ...]' in pixels of the image as shown (in cmd.exe "
         "with double quotes); they go with every text, or alone with the word 'visual'")
@@ -142,6 +168,24 @@ def _parse_list(text: str, form: str) -> list[Any]:
     return values
 
 
+def parse_route(value: str) -> tuple[str, dict[str, float]]:
+    """A value of --route: a prompt, and the weight of each adapter by name."""
+    text, _, blend = value.rpartition("=")
+    text, shares = " ".join(text.split()), [share.partition(":") for share in blend.split(",")]
+    alone = len(shares) == 1
+    try:
+        weights = {n.strip(): float(w) if colon or not alone else 1.0 for n, colon, w in shares}
+    except ValueError:
+        weights = {}
+    usable = all(name and abs(weight) <= MAX_WEIGHT for name, weight in weights.items())
+    if not text or not usable or len(weights) < len(shares):
+        raise argparse.ArgumentTypeError(
+            "expected 'TEXT=NAME' or 'TEXT=NAME:0.7,NAME2:0.3', each name once and weights from "
+            f"-{MAX_WEIGHT} to {MAX_WEIGHT}, found {value[:60]!r}"
+        )
+    return text, weights
+
+
 def parse_share(text: str) -> float:
     """A number from 0 to 1."""
     try:
@@ -178,6 +222,15 @@ def read_prompts(args: argparse.Namespace) -> Prompts:
         flag = "--only_boxed" if args.only_boxed else "--bbox_labels"
         raise ConfigError(f"{flag}: expected a positive box in --bboxes, found none; add one")
     return Prompts(texts or [VISUAL_PROMPT], args.bboxes, labels)
+
+
+def read_routes(routes: list[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The values of --route by prompt; ConfigError for two of one prompt."""
+    texts = Counter(text for text, _ in routes)
+    twice = [text for text, count in texts.items() if count > 1]
+    if twice:
+        raise ConfigError(f"--route: expected one for each prompt, found more for {twice[0]!r}")
+    return dict(routes)
 
 
 def list_images(path: Path) -> list[Path]:
@@ -252,45 +305,69 @@ def beside(overlay: Path, ending: str) -> Path:
     return overlay.with_name(overlay.stem.removesuffix("_overlay") + ending)
 
 
-def build_forward(args: argparse.Namespace, options: Config) -> tuple[Forward, dict[str, Any]]:
-    """The model, and what its adapter's file holds."""
-    adapter = read_adapter(args.lora_weights) if args.lora_weights else {}
-    name, geometry_cls = resolve_model(asdict(options.model), vars(args), adapter)
+def read_adapters(words: list[str]) -> dict[str, dict[str, Any]]:
+    """The adapters of --lora_weights by name: what each file holds, and its `path`."""
+    adapters: dict[str, dict[str, Any]] = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        if not path or "/" in name or "\\" in name or Path(word).exists():  # a = in a path
+            path = word
+            parts = reversed(Path(os.path.abspath(path)).parts)
+            name = next(p for p in parts if p not in SAME_IN_EVERY_RUN).removesuffix(".pt")
+        if name in ("", *adapters) or (name == BASE and len(words) > 1):
+            raise ConfigError(
+                f"--lora_weights: expected adapters of different names, none of them {BASE}, found "
+                f"{name!r} for {path}; give another by NAME={path}"
+            )
+        adapters[name] = {**read_adapter(Path(path)), "path": Path(path)}
+    return adapters
+
+
+def build_forward(
+    args: argparse.Namespace,
+    options: Config,
+    adapters: dict[str, dict[str, Any]],
+    blends: list[dict[str, float]],
+) -> tuple[Forward, list[Route]]:
+    """The base model, and the prompts' routes over its adapters."""
+    compiled = options.hardware.use_compile
+    if compiled and any(weights != blends[0] for weights in blends):
+        raise ConfigError(
+            "--use_compile: expected all prompts to go one way, found several, and each change of "
+            "adapter would compile anew; leave it out"
+        )
+    name, geometry_cls = choose_model(asdict(options.model), vars(args), adapters)
     device, precision = options.hardware.device, options.hardware.mixed_precision
-    forward = load_forward(name, geometry_cls, device, precision, args.lora_weights, adapter)
-    forward = replace(forward, compiled=options.hardware.use_compile)
-    log.info("%s with %s on %s", name, args.lora_weights or "no adapter", forward.device)
-    phrases = adapter.get("categories", {})
-    if phrases:
-        shown = ", ".join(list(phrases.values())[:SHOWN_PROMPTS])
-        rest = len(phrases) - SHOWN_PROMPTS
-        more = f", ... and {rest} more" if rest > 0 else ""
-        log.info("the adapter's training prompts: %s%s", shown, more)
-    return forward, adapter
-
-
-def use_trained_phrases(prompts: Prompts, phrases: dict[str, str]) -> Prompts:
-    """Prompts in which a class name of the adapter stands as the phrase it was trained with."""
-    trained = {t: phrases[t] for t in prompts.texts if t in phrases and t not in phrases.values()}
-    for name, phrase in trained.items():
-        log.info("prompt %r: the adapter was trained with %r, which is used", name, phrase)
-    texts = list(dict.fromkeys(trained.get(text, text) for text in prompts.texts))
-    return replace(prompts, texts=texts)
+    forward = replace(load_forward(name, geometry_cls, device, precision), compiled=compiled)
+    log.info("%s with %s on %s", name, ", ".join(adapters) or "no adapter", forward.device)
+    for own, adapter in adapters.items():
+        if phrases := list(adapter.get("categories", {}).values()):
+            shown, rest = ", ".join(phrases[:SHOWN_PROMPTS]), len(phrases) - SHOWN_PROMPTS
+            more = f", ... and {rest} more" if rest > 0 else ""
+            log.info("%s (%s), training prompts: %s%s", own, adapter["path"], shown, more)
+    return forward, plan_routes(forward, blends, adapters)
 
 
 def choose_thresholds(
-    threshold: float | None, texts: list[str], adapter: dict[str, Any]
+    threshold: float | None,
+    texts: list[str],
+    blends: list[dict[str, float]],
+    adapters: dict[str, dict[str, Any]],
 ) -> list[float]:
-    """The lowest score kept of each text: --threshold, else that of its category in the adapter."""
+    """The lowest score kept of each text: --threshold, else that of its category in the adapter
+    that answers it alone: a blend's scores are others."""
     if threshold is not None:
         return [threshold] * len(texts)
-    by_name, phrases = adapter.get("thresholds", {}), adapter.get("categories", {})
-    stored = by_name | {phrases[name]: by_name[name] for name in by_name if name in phrases}
-    shown = {t: f"{stored[t]:.3f} (stored)" for t in texts if t in stored}
-    parts = [f"{text} {shown.get(text, DEFAULT_THRESHOLD)}" for text in texts]
-    if shown:
-        log.info("thresholds: %s", ", ".join(parts))
-    return [stored.get(text, DEFAULT_THRESHOLD) for text in texts]
+    chosen, shown = [], []
+    for text, weights in zip(texts, blends, strict=True):
+        own = adapters[next(iter(weights))] if list(weights.values()) == [1] else {}
+        by_name, phrases = own.get("thresholds", {}), own.get("categories", {})
+        stored = by_name | {phrases[name]: by_name[name] for name in by_name if name in phrases}
+        chosen.append(stored.get(text, DEFAULT_THRESHOLD))
+        shown.append(f"{text} {chosen[-1]:.3f}" + (" (stored)" if text in stored else ""))
+    if any(text.endswith("(stored)") for text in shown):
+        log.info("thresholds: %s", ", ".join(shown))
+    return chosen
 
 
 def answer(
@@ -354,11 +431,13 @@ def main(argv: list[str] | None = None) -> int:
     images = list_images(args.image)
     check_images(images, prompts.boxes_xyxy)
     overlays = plan_overlays(args, images)
+    adapters = read_adapters(args.lora_weights)
+    texts, blends = share_out(prompts.texts, read_routes(args.route), adapters)
     # 2. The model.
-    forward, adapter = build_forward(args, options)
-    prompts = use_trained_phrases(prompts, adapter.get("categories", {}))
-    thresholds = choose_thresholds(args.threshold, prompts.texts, adapter)
-    forward.release_text_encoder(prompts.texts)
+    forward, routes = build_forward(args, options, adapters, blends)
+    thresholds = choose_thresholds(args.threshold, texts, blends, adapters)
+    prompts = replace(prompts, texts=texts, routes=routes)
+    read_texts(forward, prompts)
     # 3. Image by image.
     rows: list[dict[str, Any]] = []
     max_rows = options.hardware.max_rows_per_forward
@@ -375,8 +454,8 @@ def main(argv: list[str] | None = None) -> int:
         rows += own
         if not args.json:
             write_json(beside(overlay, JSON_ENDING), own)
-        counts = Counter(row["prompt"] for row in own)
-        found_text = ", ".join(f"{text} {counts[text]}" for text in prompts.texts)
+        counts = Counter(row["category_id"] for row in own)
+        found_text = ", ".join(f"{t} {counts[i]}" for i, t in enumerate(prompts.texts, start=1))
         print(f"{path.name}: {found_text}, best score {best:.3f}, {overlay}", flush=True)
     if args.json:
         write_json(args.json, rows)

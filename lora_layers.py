@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -269,10 +269,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     matched = match_modules(model, config)
     model.requires_grad_(False)
     for name in matched:
-        parent_name, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        base = getattr(parent, leaf)
-        setattr(parent, leaf, LoRALinear(base, config.rank, config.alpha, config.dropout))
+        base = model.get_submodule(name)
+        _put(model, name, LoRALinear(base, config.rank, config.alpha, config.dropout))
     strangers = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert not strangers, f"trainable parameters that are not LoRA's: {strangers}"
     return matched
@@ -286,8 +284,19 @@ def remove_lora(model: nn.Module, keep_update: bool = False) -> None:
             module.merge()
         else:
             module.unmerge()
-        parent_name, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), leaf, module.base)
+        _put(model, name, module.base)
+
+
+def restore_lora(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Puts LoRA layers, by dotted name, back on the base that `remove_lora` took them from."""
+    for name, layer in layers.items():
+        _put(model, name, layer)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one of a dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def match_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -313,7 +322,11 @@ def match_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
         and name.split(".")[0] in config.components
         and name not in UNUSED_LINEARS
     ]
-    hits = {target: [n for n in linears if _matches(n, target)] for target in config.target_modules}
+    known = set(linears)  # the full names of a blend are found without a search
+    hits = {
+        target: [target] if target in known else [n for n in linears if _matches(n, target)]
+        for target in config.target_modules
+    }
     chosen = {name for names in hits.values() for name in names}
     problems = []
     for target, names in hits.items():
@@ -404,6 +417,40 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
         raise AdapterError(f"unmerge before loading: {len(merged)} layers are merged")
     for name, parameter in own.items():
         parameter.copy_(state[name])
+
+
+def blend_lora(
+    adapters: Sequence[tuple[LoRAConfig, Mapping[str, torch.Tensor]]], weights: Sequence[float]
+) -> tuple[LoRAConfig, dict[str, torch.Tensor]]:
+    """One adapter whose update is the weighted sum of the updates of several, exactly.
+
+        sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
+
+    with s_i = alpha_i / rank_i. Zeros fill the ranks of the adapters that leave a layer alone.
+
+    Args:
+        adapters: of one base; configuration and tensors of each, as `lora_state_dict` gives.
+        weights: w_i, finite, one an adapter.
+
+    Returns:
+        (configuration, tensors): of scaling 1, the sum of the ranks and the union of the layers,
+        which are targets by their full names.
+    """
+    rank = sum(config.rank for config, _ in adapters)
+    layers = dict.fromkeys(name.rpartition(".")[0] for _, state in adapters for name in state)
+    blend = {}
+    for layer in layers:
+        parts = [
+            (state[f"{layer}.lora_A"], state[f"{layer}.lora_B"] * (w * config.alpha / config.rank))
+            for (config, state), w in zip(adapters, weights, strict=True)
+            if f"{layer}.lora_A" in state
+        ]
+        a = torch.cat([a for a, _ in parts])  # (r, in), r <= rank
+        b = torch.cat([b for _, b in parts], dim=1)  # (out, r)
+        blend[f"{layer}.lora_A"] = F.pad(a, (0, 0, 0, rank - len(a)))
+        blend[f"{layer}.lora_B"] = F.pad(b, (0, rank - len(a)))
+    components = tuple(dict.fromkeys(layer.split(".")[0] for layer in layers))
+    return LoRAConfig(rank, float(rank), 0.0, tuple(layers), components), blend
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -23,7 +23,7 @@ memory      predicted peak GPU memory of training, the largest batch
 engine      the only batch loop: training, evaluation, schedule, seeding
 features    the cache of frozen parts' features
 evaluation  outputs to detections, a split to its metrics; a model ready to run
-prediction  prompts on a photo: texts and boxes to detections
+prediction  prompts on a photo: texts and boxes to detections; their routes over adapters
 checkpoint  the adapter file and the resume state
 runlog      where a run's figures go: log, table, curves, TensorBoard, Weights & Biases
 exchange    adapters in PEFT's format and with Meta's names, to and from ours

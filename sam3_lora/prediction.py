@@ -1,25 +1,68 @@
 """Prompts on a photo: texts and boxes in, detections of the photo's size out.
 
 photo -> canvas -> one pass of the vision tower -> heads, a row for each text -> best detections
+
+Several adapters share one base: a route names the prompts that one of them, or a blend, answers.
+An image goes through the routes in turn; between two of them the adapter is changed in memory, and
+the vision tower's pass is shared by those that leave the tower as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 
+from lora_layers import (
+    AdapterError,
+    LoRAConfig,
+    LoRALinear,
+    apply_lora,
+    blend_lora,
+    load_lora_state_dict,
+    lora_modules,
+    remove_lora,
+    restore_lora,
+)
 from sam3_lora import coco
+from sam3_lora.checkpoint import load_adapter
 from sam3_lora.dataset import place_on_canvas
-from sam3_lora.evaluation import Detections, detect, join_detections
-from sam3_lora.forward import Forward
+from sam3_lora.evaluation import Detections, detect, join_detections, resolve_model
+from sam3_lora.forward import PER_ROW, Forward
 from sam3_lora.model import image_size
 
+log = logging.getLogger(__name__)
+
+# The name, in a route, of the base model without an adapter.
+BASE = "base"
 # The share of a detection's box inside a positive box prompt from which `keep_boxed` keeps it.
 BOXED_SHARE = 0.5
+
+# By name, what `checkpoint.read_adapter` gives and the file's `path`.
+Adapters = Mapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """The prompts that one adapter answers, or the base alone."""
+
+    rows: list[int]  # which of the prompts
+    adapter: tuple[LoRAConfig, Mapping[str, torch.Tensor]] | None
+    # What its text encoder made of them, see `Forward.texts`, which is this one's while it is on.
+    texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    # The adapter's layers by name, once they have been on.
+    layers: dict[str, LoRALinear] = field(default_factory=dict, repr=False)
+
+    @property
+    def leaves_vision(self) -> bool:
+        """Whether the vision tower is the base's."""
+        return self.adapter is None or "vision_encoder" not in self.adapter[0].components
 
 
 @dataclass(frozen=True)
@@ -29,6 +72,7 @@ class Prompts:
     texts: list[str]
     boxes_xyxy: list[list[float]]
     labels: list[int]  # one a box: 1 positive, 0 negative
+    routes: Sequence[Route] = ()  # which share out the rows; none: all go to the model as it is
 
 
 def make_batch(photo: np.ndarray, prompts: Prompts, side: int) -> dict[str, Any]:
@@ -50,6 +94,157 @@ def make_batch(photo: np.ndarray, prompts: Prompts, side: int) -> dict[str, Any]
     return batch
 
 
+def choose_model(
+    configured: Mapping[str, str], flags: Mapping[str, Any], adapters: Adapters
+) -> tuple[str, str]:
+    """Base model and geometry_cls for all adapters, as `evaluation.resolve_model` for one.
+
+    Raises:
+        AdapterError: they were trained on different bases, or with different geometry_cls and no
+            flag chooses one.
+    """
+    own = list(adapters.values())
+    models = [resolve_model(configured, flags, adapter) for adapter in own or [{}]]
+    bases = [adapter["base_fingerprint"] for adapter in own]
+    kinds = [geometry_cls for _, geometry_cls in models[: len(own)]]
+    named = [f"{a['base_model']} ({a['base_fingerprint']})" for a in own]
+    for what, values, shown, remedy in (
+        ("base", bases, named, "run those of each base by themselves"),
+        ("geometry_cls", kinds, kinds, "choose with --model_geometry_cls"),
+    ):
+        if len(set(values)) > 1:
+            found = ", ".join(f"{name}: {text}" for name, text in zip(adapters, shown, strict=True))
+            raise AdapterError(
+                f"--lora_weights: expected adapters of one {what}, found {found}; {remedy}"
+            )
+    return models[0]
+
+
+def share_out(
+    texts: Sequence[str], wanted: Mapping[str, Mapping[str, float]], adapters: Adapters
+) -> tuple[list[str], list[dict[str, float]]]:
+    """Which adapters answer each prompt, and in which words.
+
+    A class name of an adapter stands for the phrase that it was trained with.
+
+    Args:
+        texts: the prompts.
+        wanted: of some prompts, the weight of each adapter; `BASE` is none. Of the others, those
+            that adapters were trained on go to these in equal shares, the rest to the only
+            adapter, or where there are several to the base: half an adapter may know nothing.
+        adapters: by name.
+
+    Returns:
+        (texts, weights of the adapters by name, empty for the base alone), one a row; prompts that
+        have become the same are one.
+
+    Raises:
+        AdapterError: `wanted` names another prompt or adapter.
+    """
+    named = {name for weights in wanted.values() for name in weights}
+    strangers = sorted({*wanted} - {*texts}) + sorted(named - {BASE, *adapters})
+    if strangers:
+        raise AdapterError(
+            f"--route: expected the prompts {', '.join(map(repr, texts))} and the adapters "
+            f"{', '.join([*adapters, BASE])}, found {', '.join(map(repr, strangers))}; an adapter "
+            "gets a name by --lora_weights NAME=PATH"
+        )
+    wanted = {t: {n: w for n, w in own.items() if n != BASE and w} for t, own in wanted.items()}
+    phrases = {name: adapter.get("categories", {}) for name, adapter in adapters.items()}
+    rows: list[tuple[str, dict[str, float]]] = []
+    for text in texts:
+        trained = [n for n, own in phrases.items() if text in own or text in own.values()]
+        chosen = trained or (adapters if len(adapters) == 1 else ())
+        equal = dict.fromkeys(chosen, 1 / max(len(chosen), 1))
+        weights = wanted.get(text, equal)
+        if wanted or len(adapters) > 1:
+            shown = " + ".join(f"{weight:.3g} x {name}" for name, weight in weights.items())
+            log.info("prompt %r goes to %s", text, shown or "the base model alone")
+        row = _trained_phrase(text, ChainMap(*map(phrases.get, weights))), weights
+        rows += [row] if row not in rows else []
+    return [text for text, _ in rows], [weights for _, weights in rows]
+
+
+def _trained_phrase(text: str, phrases: Mapping[str, str]) -> str:
+    """A prompt or, of a class name, the phrase that stands for it in training."""
+    if text not in phrases or text in phrases.values():
+        return text
+    log.info("prompt %r: the adapter was trained with %r, which is used", text, phrases[text])
+    return phrases[text]
+
+
+def plan_routes(
+    forward: Forward, blends: Sequence[Mapping[str, float]], adapters: Adapters
+) -> list[Route]:
+    """One route for all prompts that the same adapters answer with the same weights.
+
+    Args:
+        forward: of the base model.
+        blends: of each prompt, the weights of the adapters, as `share_out` gives.
+        adapters: by name.
+
+    Raises:
+        AdapterError: an adapter does not fit the base.
+    """
+    for name, adapter in adapters.items():
+        try:
+            load_adapter(adapter["path"], forward.model, adapter)
+        except AdapterError as error:
+            raise AdapterError(f"--lora_weights, {name}: {error}") from error
+        remove_lora(forward.model)
+    rows: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    for row, weights in enumerate(blends):
+        rows.setdefault(tuple(sorted(weights.items())), []).append(row)
+    return [Route(own, _blend(dict(shares), adapters)) for shares, own in rows.items()]
+
+
+def _blend(
+    weights: Mapping[str, float], adapters: Adapters
+) -> tuple[LoRAConfig, Mapping[str, torch.Tensor]] | None:
+    """One adapter for the weighted ones of a route; None for none."""
+    parts = [(adapters[name]["lora_config"], adapters[name]["lora"]) for name in weights]
+    if list(weights.values()) in ([], [1]):  # as it is, to the last bit
+        return parts[0] if parts else None
+    return blend_lora(parts, list(weights.values()))
+
+
+def switch(forward: Forward, route: Route) -> None:
+    """Puts a route's adapter on the base in place of the one that is on, from memory.
+
+    In fp32 it is merged. Below, the base's rounded weights would swallow a small update, so it
+    stays beside them in fp32, as in training.
+
+    Raises:
+        AdapterError: the adapter does not fit the base.
+    """
+    if forward.texts is route.texts:
+        return
+    model = forward.model
+    remove_lora(model)
+    if route.layers:
+        restore_lora(model, route.layers)
+    elif route.adapter:
+        lora, state = route.adapter
+        apply_lora(model, lora)
+        load_lora_state_dict(model, state)
+        model.requires_grad_(False).eval()
+        route.layers.update(lora_modules(model))
+    if forward.dtype == torch.float32:
+        for layer in route.layers.values():
+            layer.merge()
+    forward.texts = route.texts
+
+
+def read_texts(forward: Forward, prompts: Prompts) -> None:
+    """Has each route's text encoder read its prompts, then frees the encoder's weights."""
+    for route in prompts.routes:
+        switch(forward, route)
+        forward.remember_texts([prompts.texts[row] for row in route.rows])
+    forward.release_text_encoder([])
+    for route in prompts.routes:  # made anew at the next change: the text encoder's hold nothing
+        route.layers.clear()
+
+
 @torch.no_grad()
 def find(
     forward: Forward,
@@ -58,7 +253,8 @@ def find(
     thresholds: Sequence[float],
     max_rows: int,
 ) -> tuple[Detections, float]:
-    """Runs all prompts on one image, with one pass of the vision tower.
+    """Runs all prompts on one image, with one pass of the vision tower, or one for each route that
+    adapts it.
 
     Args:
         forward: the model.
@@ -71,15 +267,27 @@ def find(
         (detections as `join_detections`, best first; the best score, kept or not).
     """
     batch = make_batch(photo, prompts, image_size(forward.model))
-    features = forward.encode(batch)
-    count, size = len(prompts.texts), photo.shape[:2]
-    parts = []
-    for start in range(0, count, max_rows):
-        ids = list(range(start + 1, min(start + max_rows, count) + 1))
-        outputs = forward.predict(features, batch, slice(start, start + max_rows))
-        # The best one stays whatever its score, to be named.
-        parts.append(detect(outputs, list(range(len(ids))), ids, size, 1, min(thresholds)))
-    found = join_detections(parts, 1, min(thresholds))
+    everything = Route(list(range(len(prompts.texts))), None, forward.texts)
+    routes = prompts.routes or [everything]
+    sharing = sum(route.leaves_vision for route in routes) > 1
+    trunk, parts = {}, []
+    # The one that is on comes first, which saves a change.
+    for route in sorted(routes, key=lambda route: route.texts is not forward.texts):
+        switch(forward, route)
+        own = batch | {k: batch[k][route.rows] for k in PER_ROW if k in batch}
+        own["texts"] = [prompts.texts[row] for row in route.rows]
+        if sharing and route.leaves_vision:
+            trunk = trunk or {"trunk": forward.encode_trunk(batch["images"].to(forward.device))}
+            own |= trunk
+        features = forward.encode(own)
+        for start in range(0, len(route.rows), max_rows):
+            ids = [row + 1 for row in route.rows[start : start + max_rows]]
+            outputs = forward.predict(features, own, slice(start, start + max_rows))
+            rows = list(range(len(ids)))
+            # The best one stays whatever its score, to be named.
+            parts.append((ids, detect(outputs, rows, ids, photo.shape[:2], 1, min(thresholds))))
+    parts.sort(key=itemgetter(0))  # of the same score the first prompt's comes first
+    found = join_detections([part for _, part in parts], 1, min(thresholds))
     kept = found["score"] >= np.asarray(thresholds)[found["category_id"] - 1]
     return take(found, np.flatnonzero(kept)), found["score"][0]
 

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "scenes": {"coco"},
     "features": {"model"},
     "memory": {"forward", "lora_layers", "losses", "model"},
-    "prediction": {"coco", "dataset", "evaluation", "forward", "model", "tiles"},
+    "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
+    | {"model", "tiles"},
     "exchange": {"checkpoint", "lora_layers"},
     "intervals": {"coco", "metrics"},
     "report": {"coco", "drawing", "intervals", "metrics"},

@@ -61,6 +61,7 @@ def adapters(tiny_model_dir, tmp_path_factory) -> Path:
     """A folder with `zero.pt`, which changes nothing, and `trained.pt`."""
     folder = tmp_path_factory.mktemp("adapters")
     model, _ = load_model(str(tiny_model_dir))
+    torch.manual_seed(0)
     apply_lora(model, CONFIG)
     description = {
         "base_model": str(tiny_model_dir),
@@ -70,9 +71,8 @@ def adapters(tiny_model_dir, tmp_path_factory) -> Path:
         "metrics": {},
     }
     checkpoint.save_adapter(folder / "zero.pt", model, CONFIG, **description)
-    torch.manual_seed(0)
     for _, layer in lora_modules(model):
-        layer.lora_B.data = torch.randn_like(layer.lora_B)
+        layer.lora_B.data = 2 * torch.randn_like(layer.lora_B)
     checkpoint.save_adapter(folder / "trained.pt", model, CONFIG, **description)
     return folder
 

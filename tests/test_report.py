@@ -291,11 +291,13 @@ def test_the_threshold_of_a_prompt(caplog) -> None:
         "categories": {"bottle_cap": "red metal cap"},
     }
     texts = ["red metal cap", "cup", "tree"]
-    assert inference.choose_thresholds(None, texts, adapter) == [0.25, 0.75, 0.5]
+    alone, adapters = [{"a": 1.0}] * 3, {"a": adapter, "b": {}}
+    assert inference.choose_thresholds(None, texts, alone, adapters) == [0.25, 0.75, 0.5]
     assert "red metal cap 0.250 (stored), cup 0.750 (stored), tree 0.5" in caplog.text
     caplog.clear()
-    assert inference.choose_thresholds(0.1, texts, adapter) == [0.1] * 3
-    assert inference.choose_thresholds(None, texts, {}) == [0.5] * 3
+    assert inference.choose_thresholds(0.1, texts, alone, adapters) == [0.1] * 3
+    others = [{"a": 0.5, "b": 0.5}, {"b": 1.0}, {}]  # a blend, another adapter, the base
+    assert inference.choose_thresholds(None, texts, others, adapters) == [0.5] * 3
     assert caplog.text == ""
 
 
