@@ -9,6 +9,7 @@ Every category is asked for on every image. Prints a table: AP of boxes and mask
 with its factors pmF1 and IL_MCC, mask IoU, and how often an absent category is found all the same.
 --base evaluates the base model that the adapter was trained on, or --model_name, without adapter.
 --compare evaluates the adapter, then its base in the same process, and prints both side by side.
+--tile 0.5 searches each photo and its tiles, as `inference.py --tile 0.5`; `losses` is then empty.
 
 Writes to output_dir (default: evaluation_<split>/ beside the adapter, or in outputs/base/):
     metrics.json      every figure
@@ -28,6 +29,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,8 @@ from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.metrics import format_comparison, format_summary
 from sam3_lora.model import ModelError, image_size, num_queries
+from sam3_lora.prediction import evaluate_tiles
+from sam3_lora.tiles import add_tile_flag
 
 log = logging.getLogger("evaluate")
 
@@ -100,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write over an earlier evaluation in output_dir, which else is renamed",
     )
+    add_tile_flag(parser)
     sections = ("model", "evaluation", "hardware")
     add_config_flags(parser, sections, without=("best_metric", "gradient_checkpointing"))
     return parser
@@ -161,18 +166,23 @@ def build_batches(
 
 
 def run_evaluation(
-    forward: Forward, batches: Iterable[dict[str, Any]], split: CocoSplit, config: Config
+    forward: Forward,
+    batches: Iterable[dict[str, Any]],
+    split: CocoSplit,
+    config: Config,
+    tile: float | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of a split, and its detections as COCO results."""
+    """Metrics of a split, and its detections as COCO results; `batches` are of whole photos."""
+    limits = {
+        "max_rows": config.hardware.max_rows_per_forward,
+        "max_detections": config.evaluation.max_detections,
+        "score_threshold": config.evaluation.score_threshold,
+    }
+    progress = partial(tqdm, desc="images", disable=not sys.stderr.isatty())
+    if tile:
+        return evaluate_tiles(forward, split, progress(split.images), tile, **limits)
     return evaluate_split(
-        forward,
-        compute_losses,
-        count_targets,
-        tqdm(batches, "images", disable=not sys.stderr.isatty()),
-        split,
-        max_rows=config.hardware.max_rows_per_forward,
-        max_detections=config.evaluation.max_detections,
-        score_threshold=config.evaluation.score_threshold,
+        forward, compute_losses, count_targets, progress(batches), split, **limits
     )
 
 
@@ -258,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     forward, subject = build_forward(args, config)
     log.info("%s on %s: %d of %d images", subject, folder, len(split.images), total)
     batches = build_batches(forward, split, config, args.compare)
-    summary, results = run_evaluation(forward, batches, split, config)
+    summary, results = run_evaluation(forward, batches, split, config, args.tile)
     described = {"model": subject, "data": str(folder), "split": args.split, **summary}
     found = {"detections.json": results}
     sys.stdout.write(format_summary(summary) + "\n")
@@ -267,7 +277,9 @@ def main(argv: list[str] | None = None) -> int:
         remove_lora(forward.model)
         forward.texts.clear()  # which an adapter may have read
         log.info("its base on the same images")
-        base, found["base_detections.json"] = run_evaluation(forward, batches, split, config)
+        base, found["base_detections.json"] = run_evaluation(
+            forward, batches, split, config, args.tile
+        )
         described["base"] = base
         sys.stdout.write("\n" + format_comparison(base, summary) + "\n")
     # 4. The files; the picture last, which reads photos again.

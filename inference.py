@@ -11,6 +11,9 @@ r"""Finds and outlines what a text, or boxes drawn on an image, describe.
 SAM 3 takes a box as an example: it finds everything like the object in it, all over the image, not
 that object alone. --only_boxed keeps what lies in the boxes.
 
+In a large or crowded photo, --tile 0.5 also looks at nine overlapping parts of it, each as closely
+as at a photo, and draws what several show once.
+
 Writes, for result.png:
     result.png               the image with its detections, a colour a prompt; your boxes dashed
     result_detections.json   COCO results with file_name and prompt; category_id 1: first prompt
@@ -51,6 +54,7 @@ from sam3_lora.forward import VISUAL_PROMPT, Forward
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import ModelError
 from sam3_lora.prediction import Prompts, find, keep_boxed, suppress
+from sam3_lora.tiles import add_tile_flag
 
 log = logging.getLogger("inference")
 
@@ -84,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--nms_iou", type=parse_share, metavar="0..1",
         help="drop a detection whose mask has a larger IoU than this with a better one of the same "
         "prompt (default: keep all)")
+    add_tile_flag(parser)
     add("--output", type=Path, default=Path("outputs/inference"), metavar="PATH",
         help="image file to write, or a folder for one PNG an image (default: outputs/inference)")
     add("--json", type=Path, metavar="FILE",
@@ -171,6 +176,11 @@ def read_prompts(args: argparse.Namespace) -> Prompts:
         raise ConfigError(
             "expected --text_prompt or --bboxes, found neither; say what to find, such as "
             "--text_prompt \"red car\", or box an example with --bboxes '[[x1, y1, x2, y2]]'"
+        )
+    if args.tile and labels:
+        raise ConfigError(
+            "--tile: expected --text_prompt alone, found --bboxes, which most tiles do not show; "
+            "name the objects with --text_prompt, or leave out --tile"
         )
     if not any(labels) and (args.only_boxed or not texts):
         flag = "--only_boxed" if args.only_boxed else "--bbox_labels"
@@ -281,7 +291,7 @@ def answer(
 ) -> tuple[Detections, float]:
     """What the flags keep of the detections of one image (H, W, 3), and the best score of all."""
     thresholds = [args.threshold] * len(prompts.texts)
-    found, best = find(forward, photo, prompts, thresholds, max_rows)
+    found, best = find(forward, photo, prompts, thresholds, max_rows, args.tile)
     if args.only_boxed:
         positive = [b for b, label in zip(prompts.boxes_xyxy, prompts.labels, strict=True) if label]
         found = keep_boxed(found, np.array(positive))

@@ -1,11 +1,13 @@
 """Prompts on a photo: texts and boxes in, detections of the photo's size out.
 
 photo -> canvas -> one pass of the vision tower -> heads, a row for each text -> best detections
+
+and the same for each tile of a photo, where it is cut into tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +16,11 @@ import torch
 
 from sam3_lora import coco
 from sam3_lora.dataset import place_on_canvas
-from sam3_lora.evaluation import Detections, detect, join_detections
+from sam3_lora.evaluation import Detections, detect_more, join_detections
 from sam3_lora.forward import Forward
+from sam3_lora.metrics import DetectionAccumulator
 from sam3_lora.model import image_size
+from sam3_lora.tiles import merge_views, view_windows
 
 # The share of a detection's box inside a positive box prompt from which `keep_boxed` keeps it.
 BOXED_SHARE = 0.5
@@ -50,38 +54,117 @@ def make_batch(photo: np.ndarray, prompts: Prompts, side: int) -> dict[str, Any]
     return batch
 
 
-@torch.no_grad()
 def find(
     forward: Forward,
     photo: np.ndarray,
     prompts: Prompts,
     thresholds: Sequence[float],
     max_rows: int,
+    tile: float | None = None,
 ) -> tuple[Detections, float]:
-    """Runs all prompts on one image, with one pass of the vision tower.
+    """Runs all prompts on one image, with one pass of the vision tower for each of its views.
 
     Args:
         forward: the model.
         photo: uint8 (H, W, 3).
-        prompts: texts and boxes.
+        prompts: texts and boxes; with tiles, no boxes.
         thresholds: the lowest score kept, of each text.
         max_rows: prompts in one pass of the heads.
+        tile: as for `search`.
 
     Returns:
         (detections as `join_detections`, best first; the best score, kept or not).
     """
+    # The best one stays whatever its score, to be named.
+    found = search(forward, photo, prompts, max_rows, 1, min(thresholds), tile)
+    kept = found["score"] >= np.asarray(thresholds)[found["category_id"] - 1]
+    return take(found, np.flatnonzero(kept)), found["score"][0]
+
+
+@torch.no_grad()
+def search(
+    forward: Forward,
+    photo: np.ndarray,
+    prompts: Prompts,
+    max_rows: int,
+    max_detections: int,
+    score_threshold: float,
+    tile: float | None = None,
+) -> Detections:
+    """The detections of all prompts on one image (H, W, 3); `category_id` 1 is the first text.
+
+    Args:
+        forward, photo, prompts, max_rows: as for `find`.
+        max_detections: so many of the best are kept, over all prompts,
+        score_threshold: and every one of at least this score.
+        tile: None takes the photo as it is; else it is also cut into tiles whose sides are at most
+            this share of its own, see `tiles.view_windows`, and what its views show is merged.
+
+    Returns:
+        As `evaluation.join_detections`.
+    """
+    limits = max_detections, score_threshold
+    if tile is None:
+        return _search_view(forward, photo, prompts, max_rows, *limits)
+    if prompts.labels:
+        # An example is read from the view that it is in; most tiles do not show it.
+        raise ValueError("expected no box prompts with tiles, found some")
+    height, width = photo.shape[:2]
+    views = []
+    for window in view_windows(width, height, tile):
+        left, top, right, bottom = window
+        # No object of the best so many is worse than that in a view: each holds it once at most.
+        seen = _search_view(forward, photo[top:bottom, left:right], prompts, max_rows, *limits)
+        views.append((window, seen))
+    return join_detections([merge_views(views, width, height)], *limits)
+
+
+def _search_view(
+    forward: Forward, photo: np.ndarray, prompts: Prompts, max_rows: int, *limits: float
+) -> Detections:
+    """`search` on one view."""
     batch = make_batch(photo, prompts, image_size(forward.model))
     features = forward.encode(batch)
     count, size = len(prompts.texts), photo.shape[:2]
-    parts = []
+    found = None
     for start in range(0, count, max_rows):
         ids = list(range(start + 1, min(start + max_rows, count) + 1))
         outputs = forward.predict(features, batch, slice(start, start + max_rows))
-        # The best one stays whatever its score, to be named.
-        parts.append(detect(outputs, list(range(len(ids))), ids, size, 1, min(thresholds)))
-    found = join_detections(parts, 1, min(thresholds))
-    kept = found["score"] >= np.asarray(thresholds)[found["category_id"] - 1]
-    return take(found, np.flatnonzero(kept)), found["score"][0]
+        found = detect_more(found, outputs, list(range(len(ids))), ids, size, *limits)
+    return found
+
+
+def evaluate_tiles(
+    forward: Forward,
+    split: coco.CocoSplit,
+    images: Iterable[dict[str, Any]],
+    tile: float | None,
+    *,
+    max_rows: int,
+    max_detections: int,
+    score_threshold: float,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Metrics of a split whose photos are searched in tiles; arguments as for `search` but:
+
+    Args:
+        split: the ground truth.
+        images: all of `split.images`.
+
+    Returns:
+        (summary, results) as of `evaluation.evaluate_split`, with `tile`; no tile has targets, so
+        there are no `losses`.
+    """
+    limits = max_detections, score_threshold
+    accumulator = DetectionAccumulator(score_threshold, max_detections)
+    categories = np.array(list(split.categories))
+    prompts = Prompts([split.phrase(category) for category in split.categories], [], [])
+    for image in images:
+        photo = coco.read_image(split.image_path(image))
+        found = search(forward, photo, prompts, max_rows, *limits, tile)
+        found["category_id"] = categories[found["category_id"] - 1]
+        accumulator.add_image(image["id"], found, found["rles"])
+    summary = {**accumulator.summary(split), "losses": {}, "tile": tile}
+    return summary, accumulator.results()
 
 
 def keep_boxed(found: Detections, boxes_xyxy: np.ndarray) -> Detections:
