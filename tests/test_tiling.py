@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
+from test_benchmarks import load, tables
 
 import evaluate_sam3_lora
 import inference
@@ -341,3 +343,12 @@ def test_box_prompts_and_tiles_are_refused(tmp_path, capsys) -> None:
     assert inference.main([*argv, "--text_prompt", "bus"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --tile") and "--bboxes" in line
+
+
+@pytest.mark.scripts
+def test_tiles_find_more_of_a_crowd(capsys) -> None:
+    argv = ["--model_name", str(ROOT / "demo" / "sam3_tiny"), "--pictures", "1", "--tile", "0.6"]
+    assert load("tiles").main([*argv, "--scenes", "2"]) == 0
+    (rows,) = tables(capsys.readouterr().out)
+    assert [row["views"] for row in rows] == ["1", "5"]
+    assert float(rows[1]["recall"]) > float(rows[0]["recall"]) + 0.3
