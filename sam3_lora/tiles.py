@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from sam3_lora.coco import decode_mask, encode_mask, mask_area, mask_iou, to_rle
-from sam3_lora.geometry import mask_box, mask_runs
+from sam3_lora.coco import decode_mask, encode_mask, mask_iou, to_rle
+from sam3_lora.geometry import mask_runs
 
 TILE_OVERLAP = 0.2  # of a tile's side, shared with the next one
 TILE_SHARE = 0.25  # of an object's width, and of its height, that its tiles show at least
@@ -28,6 +28,7 @@ MOST_TILES = 6  # a side: smaller tiles would show little beside their objects
 SAME_IOU = 0.5
 # Of a tile's side: an object that ends so close to its border is taken to go on beyond.
 CUT_MARGIN = 0.02
+LEAST_SHARE = 0.01  # of a photo's side: 15,625 tiles
 
 Window = tuple[int, int, int, int]
 Objects = Sequence[dict[str, Any]]
@@ -111,14 +112,14 @@ def add_tile_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse_share(text: str) -> float:
-    """A number between 0 and 1."""
+    """A share of a photo's side, less than all of it."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < 1:
-        message = f"expected a number between 0 and 1, such as 0.5, found {text!r}"
-        raise argparse.ArgumentTypeError(message)
+    if not LEAST_SHARE <= value < 1:
+        expected = f"expected a number from {LEAST_SHARE} to less than 1, such as 0.5"
+        raise argparse.ArgumentTypeError(f"{expected}, found {text!r}")
     return value
 
 
@@ -127,7 +128,7 @@ def view_windows(width: int, height: int, share: float) -> list[Window]:
 
     Args:
         width, height: of the photo, pixels.
-        share: between 0 and 1; the fewest tiles are made whose sides are at most this share of the
+        share: less than 1; the fewest tiles are made whose sides are at most this share of the
             photo's.
     """
     # A side of the photo is n - (n - 1) * TILE_OVERLAP sides of its n tiles.
@@ -141,8 +142,8 @@ def merge_views(views: Sequence[tuple[Window, Detections]], width: int, height: 
     A view knows all of an object inside it; of one that its border cuts, the part in its window.
     Detections of two views are one object where their IoU is at least `SAME_IOU` in what both
     know. Objects are gathered from the best score on, with at most one detection of each view,
-    those that agree most first. An object has the highest score of its detections, and box and mask
-    of the best of those that no border cuts; else it is all their parts together.
+    that of the highest IoU x score first. An object has the highest score of its detections, and
+    box and mask of the best of those that no border cuts; else it is all their parts together.
 
     Args:
         views: the window of each, and its detections as of `evaluation.join_detections`, in pixels
@@ -185,25 +186,32 @@ def _place_views(
         boxes = np.reshape(found["boxes_xyxy"], (-1, 4)) + [left, top, left, top]
         if found["rles"] is None:
             inside = boxes.clip([left, top] * 2, [right, bottom] * 2).tolist()
-            own = [to_rle([[a, b, c, b, c, d, a, d]], height, width) for a, b, c, d in inside]
+            outlines = [[[a, b, c, b, c, d, a, d]] for a, b, c, d in inside]
+            runs = [mask_runs(to_rle(outline, height, width)) for outline in outlines]
         else:
             runs = [mask_runs(rle) + [left, top, top] for rle in found["rles"]]
-            own = [_encode_runs(run, width, height) for run in runs]
-        nowhere = [math.nan] * 4
-        edges = np.array([mask_box(s, height, width) or nowhere for s in own]).reshape(-1, 4)
+        shapes += [_encode_runs(own, width, height) for own in runs]
+        edges = np.array([_edges(own) for own in runs]).reshape(-1, 4)
         margin = CUT_MARGIN * np.array([right - left, bottom - top])
         over = [edges[:, :2] <= [left, top] + margin, edges[:, 2:] >= [right, bottom] - margin]
         inner = [left > 0, top > 0, right < width, bottom < height]
         parts["cut"].append((np.hstack(over) & inner).any(axis=1))
         parts["edges"].append(edges)
+        parts["area"].append(np.array([(own[:, 2] - own[:, 1]).sum() for own in runs]))
         parts["boxes_xyxy"].append(boxes)
         parts["view"].append(np.full(len(boxes), number))
         for name in ("category_id", "score"):
             parts[name].append(found[name])
-        shapes += own
     seen: dict[str, Any] = {name: np.concatenate(values) for name, values in parts.items()}
-    seen["area"] = np.array([mask_area(shape, height, width) for shape in shapes])
     return seen | {"shapes": shapes, "masks": views[0][1]["rles"] is not None}
+
+
+def _edges(runs: np.ndarray) -> list[float]:
+    """The box (xyxy) around the runs of a mask; nowhere around none."""
+    if not len(runs):
+        return [math.nan] * 4
+    low, high = runs.min(axis=0), runs.max(axis=0)
+    return [low[0], low[1], high[0] + 1, high[2]]
 
 
 def _find_same(
@@ -261,7 +269,8 @@ def _gather(
             free.remove(joining)
             members.append(joining)
             views = {seen["view"][i] for i in members}
-            # Where it is known as a whole, a part's neighbour at the border is not enough.
+            # Who knows the whole object speaks for it. A faint double, however like it, does not
+            # take the place of what its view finds there.
             joinable = [
                 (iou * seen["score"][j], -j)
                 for i in _best_whole(seen, members)
