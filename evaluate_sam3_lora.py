@@ -16,6 +16,7 @@ words that should find nothing, and for what the base should still know: the ann
 --probe_dir or, without it, everyday words.
 --calibrate chooses each category's threshold for the highest F1 on the split and stores it in the
 adapter's file, where inference.py reads it. Choose on val, and measure on test.
+--tile 0.5 searches each photo and its tiles, as `inference.py --tile 0.5`; `losses` is then empty.
 
 Writes to output_dir (default: evaluation_<split>/ beside the adapter, or in outputs/base/):
     metrics.json      every figure
@@ -36,6 +37,7 @@ import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,7 @@ from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.metrics import format_comparison, format_summary
 from sam3_lora.model import ModelError, image_size, num_queries
+from sam3_lora.prediction import evaluate_tiles
 from sam3_lora.report import (
     EVERYDAY_WORDS,
     PANEL_TITLES,
@@ -87,6 +90,7 @@ from sam3_lora.report import (
     list_objects,
     verdict,
 )
+from sam3_lora.tiles import add_tile_flag
 
 log = logging.getLogger("evaluate")
 
@@ -142,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write over an earlier evaluation in output_dir, which else is renamed",
     )
+    add_tile_flag(parser)
     sections = ("model", "evaluation", "hardware")
     add_config_flags(parser, sections, without=("best_metric", "gradient_checkpointing"))
     return parser
@@ -256,22 +261,29 @@ def build_batches(
 
 
 def run_evaluation(
-    forward: Forward, batches: Iterable[dict[str, Any]], split: CocoSplit, config: Config
+    forward: Forward,
+    batches: Iterable[dict[str, Any]],
+    split: CocoSplit,
+    config: Config,
+    tile: float | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of a split, and its detections as COCO results."""
+    """Metrics of a split, and its detections as COCO results; `batches` are of whole photos."""
+    limits = {
+        "max_rows": config.hardware.max_rows_per_forward,
+        "max_detections": config.evaluation.max_detections,
+        "score_threshold": config.evaluation.score_threshold,
+    }
+    progress = partial(tqdm, desc="images", disable=not sys.stderr.isatty())
+    if tile:
+        return evaluate_tiles(forward, split, progress(split.images), tile, **limits)
     return evaluate_split(
-        forward,
-        compute_losses,
-        count_targets,
-        tqdm(batches, "images", disable=not sys.stderr.isatty()),
-        split,
-        max_rows=config.hardware.max_rows_per_forward,
-        max_detections=config.evaluation.max_detections,
-        score_threshold=config.evaluation.score_threshold,
+        forward, compute_losses, count_targets, progress(batches), split, **limits
     )
 
 
-def run_more(forward: Forward, more: dict[str, CocoSplit], config: Config) -> dict[str, Evaluated]:
+def run_more(
+    forward: Forward, more: dict[str, CocoSplit], config: Config, tile: float | None
+) -> dict[str, Evaluated]:
     """`run_evaluation` of the splits that `choose_more` gives."""
     masks, found = forward.masks, {}
     for name, split in more.items():
@@ -284,7 +296,7 @@ def run_more(forward: Forward, more: dict[str, CocoSplit], config: Config) -> di
             log.info("%d words on the same images", len(split.categories))
         limit = replace(config.evaluation, max_detections=1)
         limited = replace(config, evaluation=limit) if name == "words" else config
-        found[name] = run_evaluation(forward, batches, split, limited)
+        found[name] = run_evaluation(forward, batches, split, limited, tile)
     forward.masks = masks
     return found
 
@@ -376,11 +388,11 @@ def main(argv: list[str] | None = None) -> int:
     forward, subject, adapter = build_forward(args, config)
     log.info("%s on %s", subject, folder)
     batches = build_batches(forward, split, config, compare)
-    summary, results = run_evaluation(forward, batches, split, config)
+    summary, results = run_evaluation(forward, batches, split, config, args.tile)
     described = {"model": subject, "data": str(folder), "split": args.split, **summary}
     found = {FOUND[0]: results}
     sys.stdout.write(format_summary(summary) + "\n")
-    ours = {"split": (summary, results), **run_more(forward, more, config)}
+    ours = {"split": (summary, results), **run_more(forward, more, config, args.tile)}
     if args.calibrate or args.report:
         described["calibration"] = measure_thresholds(args, adapter, split, ours["split"])
         sys.stdout.write("\n" + format_thresholds(described["calibration"]) + "\n")
@@ -389,11 +401,11 @@ def main(argv: list[str] | None = None) -> int:
         remove_lora(forward.model)
         forward.texts.clear()  # which an adapter may have read
         log.info("its base on the same images")
-        base, found[FOUND[1]] = run_evaluation(forward, batches, split, config)
+        base, found[FOUND[1]] = run_evaluation(forward, batches, split, config, args.tile)
         described["base"] = base
         sys.stdout.write("\n" + format_comparison(base, summary) + "\n")
     if args.report:
-        theirs = {"split": (base, found[FOUND[1]]), **run_more(forward, more, config)}
+        theirs = {"split": (base, found[FOUND[1]]), **run_more(forward, more, config, args.tile)}
         most = described["max_detections"] = config.evaluation.max_detections
         described["report"] = build_report(
             {"split": split, **more},

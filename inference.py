@@ -18,6 +18,9 @@ Of several adapters on one base, a prompt without a --route goes in equal shares
 trained on it, and to the base model where none was; the log says where each went. A blend can find
 less than its parts alone do, so route what an adapter was trained for to that one.
 
+In a large or crowded photo, --tile 0.5 also looks at nine overlapping parts of it, each as closely
+as at a photo, and draws what several show once.
+
 Writes, for result.png:
     result.png               the image with its detections, a colour a prompt; your boxes dashed
     result_detections.json   COCO results with file_name and prompt; category_id 1: first prompt
@@ -69,6 +72,7 @@ from sam3_lora.prediction import (
     share_out,
     suppress,
 )
+from sam3_lora.tiles import add_tile_flag
 
 log = logging.getLogger("inference")
 
@@ -112,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--nms_iou", type=parse_share, metavar="0..1",
         help="drop a detection whose mask has a larger IoU than this with a better one of the same "
         "prompt (default: keep all)")
+    add_tile_flag(parser)
     add("--output", type=Path, default=Path("outputs/inference"), metavar="PATH",
         help="image file to write, or a folder for one PNG an image (default: outputs/inference)")
     add("--json", type=Path, metavar="FILE",
@@ -217,6 +222,11 @@ def read_prompts(args: argparse.Namespace) -> Prompts:
         raise ConfigError(
             "expected --text_prompt or --bboxes, found neither; say what to find, such as "
             "--text_prompt \"red car\", or box an example with --bboxes '[[x1, y1, x2, y2]]'"
+        )
+    if args.tile and labels:
+        raise ConfigError(
+            "--tile: expected --text_prompt alone, found --bboxes, which most tiles do not show; "
+            "name the objects with --text_prompt, or leave out --tile"
         )
     if not any(labels) and (args.only_boxed or not texts):
         flag = "--only_boxed" if args.only_boxed else "--bbox_labels"
@@ -379,7 +389,7 @@ def answer(
     max_rows: int,
 ) -> tuple[Detections, float]:
     """What the flags keep of the detections of one image (H, W, 3), and the best score of all."""
-    found, best = find(forward, photo, prompts, thresholds, max_rows)
+    found, best = find(forward, photo, prompts, thresholds, max_rows, args.tile)
     if args.only_boxed:
         positive = [b for b, label in zip(prompts.boxes_xyxy, prompts.labels, strict=True) if label]
         found = keep_boxed(found, np.array(positive))

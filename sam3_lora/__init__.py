@@ -13,7 +13,7 @@ overview    a split as a whole: counts, faults, a contact sheet, its division
 formats     readers of other annotation formats, into COCO records
 shapes      what those readers find: shapes, classes, files, and their records
 mask_images  reader of masks that are image files, into COCO records
-tiles       crowded photos cut into tiles
+tiles       large and crowded photos cut into tiles, and what is found in them merged
 dataset     image x prompts -> targets, negatives, transforms
 loader      items to batches: order, worker processes, collate_fn
 matching    which query learns which target, and the box arithmetic of the loss

@@ -154,6 +154,26 @@ def _draw(
     return rles
 
 
+def detect_more(
+    earlier: Detections | None,
+    outputs: dict[str, torch.Tensor],
+    rows: list[int],
+    category_ids: list[int],
+    original_size: tuple[int, int],
+    max_detections: int,
+    score_threshold: float,
+) -> Detections:
+    """The detections of an image's earlier rows, if any, joined with those of some more; arguments
+    as for `detect`, result as of `join_detections`."""
+    floor = 0.0
+    if earlier and len(earlier["score"]) >= max_detections:
+        # Below, a detection is neither found nor among the best: it needs no mask.
+        floor = min(score_threshold, earlier["score"][max_detections - 1])
+    limits = max_detections, score_threshold
+    new = detect(outputs, rows, category_ids, original_size, *limits, floor)
+    return join_detections([earlier, new] if earlier else [new], *limits)
+
+
 def join_detections(
     parts: list[Detections], max_detections: int, score_threshold: float
 ) -> Detections:
@@ -224,13 +244,9 @@ def _add_chunk(
     for position in dict.fromkeys(images):
         own = [row for row, image in enumerate(images) if image == position]
         size, image_id = batch["original_sizes"][position], batch["image_ids"][position]
-        earlier, floor = found.get(image_id), 0.0
-        if earlier and len(earlier["score"]) >= max_detections:
-            # Below, a detection is neither found nor among the best: it needs no mask.
-            floor = min(score_threshold, earlier["score"][max_detections - 1])
         own_categories = [categories[row] for row in own]
-        new = detect(chunk["outputs"], own, own_categories, size, *limits, floor)
-        found[image_id] = join_detections([earlier, new] if earlier else [new], *limits)
+        earlier = found.get(image_id)
+        found[image_id] = detect_more(earlier, chunk["outputs"], own, own_categories, size, *limits)
 
 
 def write_atomically(path: Path, save: Callable[[Path], Any]) -> None:

@@ -242,16 +242,39 @@ def mask_box(segmentation: list | dict, height: int, width: int) -> list[float] 
         ys = [y for part in parts for y in (min(part[1::2]), max(part[1::2]))]
         box = [max(0, min(xs)), max(0, min(ys)), min(width, max(xs)), min(height, max(ys))]
         return box if box[0] < box[2] and box[1] < box[3] else None
-    ends = np.cumsum(np.asarray(_runs(segmentation["counts"]), dtype=np.int64))
-    starts, ends = ends[0:-1:2], ends[1::2]  # of the runs of ones, down the columns
-    starts, ends = starts[ends > starts], ends[ends > starts] - 1
+    starts, ends = _runs_of_ones(segmentation)
     if not starts.size:
         return None
+    ends = ends - 1
     columns = starts // height, ends // height
     spans = columns[0] < columns[1]  # such a run holds the last row of one column, the next's first
     top = 0 if spans.any() else (starts % height).min()
     bottom = height if spans.any() else (ends % height).max() + 1
     return [float(v) for v in (columns[0].min(), top, columns[1].max() + 1, bottom)]
+
+
+def mask_runs(rle: dict) -> np.ndarray:
+    """Returns the vertical runs of ones of an RLE that `mask_problem` passes.
+
+    Returns:
+        (n, 3) int64: column, first row, row after the last; from left to right and downwards.
+    """
+    height = rle["size"][0]
+    starts, ends = _runs_of_ones(rle)
+    first = starts // height
+    spans = (ends - 1) // height - first + 1  # columns
+    column = np.repeat(first, spans)
+    column += np.arange(column.size) - np.repeat(np.cumsum(spans) - spans, spans)
+    top = np.maximum(np.repeat(starts, spans) - column * height, 0)
+    bottom = np.minimum(np.repeat(ends, spans) - column * height, height)
+    return np.stack([column, top, bottom], axis=1)
+
+
+def _runs_of_ones(rle: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Where the runs of ones of an RLE begin and end, counted down the columns; none is empty."""
+    ends = np.cumsum(np.asarray(_runs(rle["counts"]), dtype=np.int64))
+    starts, ends = ends[0:-1:2], ends[1::2]
+    return starts[ends > starts], ends[ends > starts]
 
 
 def is_flat(part: list[float]) -> bool:

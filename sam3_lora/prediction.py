@@ -2,6 +2,8 @@
 
 photo -> canvas -> one pass of the vision tower -> heads, a row for each text -> best detections
 
+and the same for each tile of a photo, where it is cut into tiles.
+
 Several adapters share one base: a route names the prompts that one of them, or a blend, answers.
 An image goes through the routes in turn; between two of them the adapter is changed in memory, and
 the vision tower's pass is shared by those that leave the tower as it is.
@@ -11,9 +13,8 @@ from __future__ import annotations
 
 import logging
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,11 @@ from lora_layers import (
 from sam3_lora import coco
 from sam3_lora.checkpoint import load_adapter
 from sam3_lora.dataset import place_on_canvas
-from sam3_lora.evaluation import Detections, detect, join_detections, resolve_model
+from sam3_lora.evaluation import Detections, detect_more, join_detections, resolve_model
 from sam3_lora.forward import PER_ROW, Forward
+from sam3_lora.metrics import DetectionAccumulator
 from sam3_lora.model import image_size
+from sam3_lora.tiles import merge_views, view_windows
 
 log = logging.getLogger(__name__)
 
@@ -245,32 +248,81 @@ def read_texts(forward: Forward, prompts: Prompts) -> None:
         route.layers.clear()
 
 
-@torch.no_grad()
 def find(
     forward: Forward,
     photo: np.ndarray,
     prompts: Prompts,
     thresholds: Sequence[float],
     max_rows: int,
+    tile: float | None = None,
 ) -> tuple[Detections, float]:
-    """Runs all prompts on one image, with one pass of the vision tower, or one for each route that
-    adapts it.
+    """Runs all prompts on one image, with one pass of the vision tower for each of its views, or
+    one for each view and route that adapts it.
 
     Args:
         forward: the model.
         photo: uint8 (H, W, 3).
-        prompts: texts and boxes.
+        prompts: texts and boxes; with tiles, no boxes.
         thresholds: the lowest score kept, of each text.
         max_rows: prompts in one pass of the heads.
+        tile: as for `search`.
 
     Returns:
         (detections as `join_detections`, best first; the best score, kept or not).
     """
+    # The best one stays whatever its score, to be named.
+    found = search(forward, photo, prompts, max_rows, 1, min(thresholds), tile)
+    kept = found["score"] >= np.asarray(thresholds)[found["category_id"] - 1]
+    return take(found, np.flatnonzero(kept)), found["score"][0]
+
+
+@torch.no_grad()
+def search(
+    forward: Forward,
+    photo: np.ndarray,
+    prompts: Prompts,
+    max_rows: int,
+    max_detections: int,
+    score_threshold: float,
+    tile: float | None = None,
+) -> Detections:
+    """The detections of all prompts on one image (H, W, 3); `category_id` 1 is the first text.
+
+    Args:
+        forward, photo, prompts, max_rows: as for `find`.
+        max_detections: so many of the best are kept, over all prompts,
+        score_threshold: and every one of at least this score.
+        tile: None takes the photo as it is; else it is also cut into tiles whose sides are at most
+            this share of its own, see `tiles.view_windows`, and what its views show is merged.
+
+    Returns:
+        As `evaluation.join_detections`.
+    """
+    limits = max_detections, score_threshold
+    if tile is None:
+        return _search_view(forward, photo, prompts, max_rows, *limits)
+    if prompts.labels:
+        # An example is read from the view that it is in; most tiles do not show it.
+        raise ValueError("expected no box prompts with tiles, found some")
+    height, width = photo.shape[:2]
+    views = []
+    for window in view_windows(width, height, tile):
+        left, top, right, bottom = window
+        # No object of the best so many is worse than that in a view: each holds it once at most.
+        seen = _search_view(forward, photo[top:bottom, left:right], prompts, max_rows, *limits)
+        views.append((window, seen))
+    return join_detections([merge_views(views, width, height)], *limits)
+
+
+def _search_view(
+    forward: Forward, photo: np.ndarray, prompts: Prompts, max_rows: int, *limits: float
+) -> Detections:
+    """`search` on one view."""
     batch = make_batch(photo, prompts, image_size(forward.model))
     everything = Route(list(range(len(prompts.texts))), None, forward.texts)
     routes = prompts.routes or [everything]
     sharing = sum(route.leaves_vision for route in routes) > 1
-    trunk, parts = {}, []
+    trunk, found = {}, None
     # The one that is on comes first, which saves a change.
     for route in sorted(routes, key=lambda route: route.texts is not forward.texts):
         switch(forward, route)
@@ -284,12 +336,43 @@ def find(
             ids = [row + 1 for row in route.rows[start : start + max_rows]]
             outputs = forward.predict(features, own, slice(start, start + max_rows))
             rows = list(range(len(ids)))
-            # The best one stays whatever its score, to be named.
-            parts.append((ids, detect(outputs, rows, ids, photo.shape[:2], 1, min(thresholds))))
-    parts.sort(key=itemgetter(0))  # of the same score the first prompt's comes first
-    found = join_detections([part for _, part in parts], 1, min(thresholds))
-    kept = found["score"] >= np.asarray(thresholds)[found["category_id"] - 1]
-    return take(found, np.flatnonzero(kept)), found["score"][0]
+            found = detect_more(found, outputs, rows, ids, photo.shape[:2], *limits)
+    if len(routes) > 1:  # of the same score the first prompt's comes first
+        found = take(found, np.lexsort((found["category_id"], -found["score"])))
+    return found
+
+
+def evaluate_tiles(
+    forward: Forward,
+    split: coco.CocoSplit,
+    images: Iterable[dict[str, Any]],
+    tile: float | None,
+    *,
+    max_rows: int,
+    max_detections: int,
+    score_threshold: float,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Metrics of a split whose photos are searched in tiles; arguments as for `search` but:
+
+    Args:
+        split: the ground truth.
+        images: all of `split.images`.
+
+    Returns:
+        (summary, results) as of `evaluation.evaluate_split`, with `tile`; no tile has targets, so
+        there are no `losses`.
+    """
+    limits = max_detections, score_threshold
+    accumulator = DetectionAccumulator(score_threshold, max_detections)
+    categories = np.array(list(split.categories))
+    prompts = Prompts([split.phrase(category) for category in split.categories], [], [])
+    for image in images:
+        photo = coco.read_image(split.image_path(image))
+        found = search(forward, photo, prompts, max_rows, *limits, tile)
+        found["category_id"] = categories[found["category_id"] - 1]
+        accumulator.add_image(image["id"], found, found["rles"])
+    summary = {**accumulator.summary(split), "losses": {}, "tile": tile}
+    return summary, accumulator.results()
 
 
 def keep_boxed(found: Detections, boxes_xyxy: np.ndarray) -> Detections:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "formats": {"coco", "shapes"},
     "shapes": {"coco", "faults", "geometry"},
     "mask_images": {"coco", "shapes", "images"},
-    "tiles": {"coco"},
+    "tiles": {"coco", "geometry"},
     "dataset": {"coco", "tiles"},
     "loader": {"dataset", "images"},
     "losses": {"matching"},
@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "features": {"model"},
     "memory": {"forward", "lora_layers", "losses", "model"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
-    | {"model", "tiles"},
+    | {"metrics", "model", "tiles"},
     "exchange": {"checkpoint", "lora_layers"},
     "intervals": {"coco", "metrics"},
     "report": {"coco", "drawing", "intervals", "metrics"},

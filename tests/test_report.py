@@ -399,7 +399,7 @@ def test_categories_that_are_part_of_every_word_leave_none_to_ask(metrics) -> No
     args = Namespace(report=Path("out"), probe_dir=None)
     more, strangers = evaluate_sam3_lora.choose_more(args, split, Config())
     assert strangers == [] and more["words"].categories == {}
-    found = evaluate_sam3_lora.run_more(SimpleNamespace(masks=True), more, Config())
+    found = evaluate_sam3_lora.run_more(SimpleNamespace(masks=True), more, Config(), None)
     assert found == {"words": ({}, [])}
     summary = intervals.collect(split, results, 0.5, 100).summary(split)
     model = {"split": (summary, results), **found}
