@@ -8,6 +8,9 @@ r"""Finds and outlines what a text, or boxes drawn on an image, describe.
         --image test.jpg --text_prompt "red car" --bboxes '[[100, 150, 400, 350]]' \
         --output result.png
 
+    python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
+        --video frames --text_prompt "red car" --output outputs/inference
+
 SAM 3 takes a box as an example: it finds everything like the object in it, all over the image, not
 that object alone. --only_boxed keeps what lies in the boxes.
 
@@ -16,8 +19,17 @@ Writes, for result.png:
     result_detections.json   COCO results with file_name and prompt; category_id 1: first prompt
     result_masks/*.png       with --save_masks: a 0 and 255 image a detection, in the JSON's order
 and into a folder, for photo.jpg, photo_overlay.png, photo_detections.json and photo_masks/.
+For a video clip.mp4, or a folder of frames named clip, into the folder of --output:
+    clip_frames/00001.png    the frames with their detections, a colour an identity
+    clip.gif                 at most 640 pixels a side and 200 frames
+    clip_detections.json     as above, with frame (from 0) and track_id: one object, one id
 Prints a line an image: detections of each prompt, the best score (also one below --threshold), the
-overlay's path.
+overlay's path; of a video, one line.
+
+--tracker iou links detections whose masks overlap from frame to frame. --tracker sam3 runs SAM 3's
+own video model, with the adapter in its detector, in fp32, on the frames as they come; it needs
+facebook/sam3 or a full copy of it. An adapter of the vision tower also shifts what that tracker
+sees; one of the other components leaves it as it is.
 """
 
 import argparse
@@ -35,7 +47,7 @@ import numpy as np
 from PIL import Image
 
 from lora_layers import AdapterError
-from sam3_lora import coco, config
+from sam3_lora import coco, config, video
 from sam3_lora.checkpoint import read_adapter, set_aside
 from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
@@ -49,7 +61,7 @@ from sam3_lora.evaluation import (
 )
 from sam3_lora.forward import VISUAL_PROMPT, Forward
 from sam3_lora.metrics import coco_results
-from sam3_lora.model import ModelError
+from sam3_lora.model import ModelError, load_video_model
 from sam3_lora.prediction import Prompts, find, keep_boxed, suppress
 
 log = logging.getLogger("inference")
@@ -68,7 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--lora_weights", type=Path, metavar="PATH",
         help="adapter: a file, or a folder with lora_weights.pt (default: the base model alone)")
-    add("--image", type=Path, required=True, metavar="PATH", help="an image, or a folder of images")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--image", type=Path, metavar="PATH", help="an image, or a folder of images")
+    source("--video", type=Path, metavar="PATH",
+        help="a folder of frames, in natural order, or a video file, which needs `pip install av`")
+    add("--every", type=parse_count, default=1, metavar="N",
+        help="of a video, take each N-th frame (default: 1)")
+    add("--fps", type=parse_count, metavar="N",
+        help="frames a second of a video's GIF (default: as the video, 10 for images)")
+    add("--tracker", choices=("iou", "sam3"), default="iou",
+        help="how a video's objects keep their identity: by overlap of masks, or by SAM 3's own "
+        "tracker, which also shifts with an adapter of the vision tower (default: iou)")
     add("--text_prompt", nargs="+", default=[], metavar="TEXT",
         help='what to find; several: --text_prompt "red car" bus')
     add("--bboxes", type=parse_boxes, default=[], metavar="JSON",
@@ -151,6 +173,13 @@ def parse_share(text: str) -> float:
     return value
 
 
+def parse_count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, found {text!r}")
+    return int(text)
+
+
 def _show_box(box: Sequence[float]) -> str:
     """A box for a message."""
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"
@@ -178,17 +207,17 @@ def read_prompts(args: argparse.Namespace) -> Prompts:
     return Prompts(texts or [VISUAL_PROMPT], args.bboxes, labels)
 
 
-def list_images(path: Path) -> list[Path]:
+def list_images(path: Path, flag: str = "--image") -> list[Path]:
     """The image at a path, or those directly in a folder, sorted; hidden files are skipped."""
     if not path.exists():
-        raise DatasetError(f"--image: expected an image or a folder of images, found no {path}")
+        raise DatasetError(f"{flag}: expected an image or a folder of images, found no {path}")
     if not path.is_dir():
         return [path]
     files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
     images = [p for p in files if p.suffix.lower() in coco.IMAGE_SUFFIXES]
     if not images:
         kinds = ", ".join(sorted(coco.IMAGE_SUFFIXES))
-        raise DatasetError(f"--image: expected images ({kinds}) in {path}, found none")
+        raise DatasetError(f"{flag}: expected images ({kinds}) in {path}, found none")
     return images
 
 
@@ -202,19 +231,21 @@ def check_images(images: list[Path], boxes_xyxy: list[list[float]]) -> None:
         except DatasetError as error:
             problems.append(str(error))
             continue
-        if boxes_xyxy and np.max(boxes_xyxy) <= 1 and max(width, height) > 2:
-            problems.append(
-                f"--bboxes: {_show_box(boxes_xyxy[0])} looks like fractions; pixels are expected, "
-                f"of {path} ({width} x {height})"
-            )
-            continue
-        for box in boxes_xyxy:
-            if min(box) < 0 or box[2] > width or box[3] > height:
-                wanted = f"--bboxes: expected boxes inside {path} ({width} x {height} pixels)"
-                problems.append(f"{wanted}, found {_show_box(box)}")
+        problems += box_problems(path, width, height, boxes_xyxy)
     if problems:
         more = f"; {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise DatasetError("; ".join(problems[:SHOWN]) + more)
+
+
+def box_problems(path: Path, width: int, height: int, boxes_xyxy: list[list[float]]) -> list[str]:
+    """What is wrong with boxes on an image of that size."""
+    if boxes_xyxy and np.max(boxes_xyxy) <= 1 and max(width, height) > 2:
+        box = _show_box(boxes_xyxy[0])
+        wanted = f"pixels are expected, of {path} ({width} x {height})"
+        return [f"--bboxes: {box} looks like fractions; {wanted}"]
+    wanted = f"--bboxes: expected boxes inside {path} ({width} x {height} pixels)"
+    outside = [b for b in boxes_xyxy if min(b) < 0 or b[2] > width or b[3] > height]
+    return [f"{wanted}, found {_show_box(box)}" for box in outside]
 
 
 def plan_overlays(args: argparse.Namespace, images: list[Path]) -> list[Path]:
@@ -322,6 +353,36 @@ def write_masks(folder: Path, found: Detections) -> None:
         write_image(folder / f"{number:03d}.png", mask.astype(np.uint8) * 255)
 
 
+def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> None:
+    """Runs the prompts on the frames of a video and writes what is found."""
+    if args.tracker == "sam3":
+        if args.bboxes or args.nms_iou is not None:
+            raise ConfigError(
+                "--bboxes, --nms_iou: --tracker sam3 takes texts alone, and parts overlaps itself; "
+                "drop them, or use --tracker iou"
+            )
+        # The library's model has one precision for all its parts.
+        options = replace(options, hardware=replace(options.hardware, mixed_precision="no"))
+    files = list_images(args.video, "--video") if args.video.is_dir() else None
+    clip = video.open_clip(args.video, files, args.every, args.fps)
+    outputs = video.plan_outputs(clip, args.output, args.json)
+    if problems := box_problems(clip.path, *clip.size, prompts.boxes_xyxy):
+        raise DatasetError("; ".join(problems[:SHOWN]))
+    forward, phrases = build_forward(args, options)
+    prompts = use_trained_phrases(prompts, phrases)
+    forward.release_text_encoder(prompts.texts)
+    frames = video.read_frames(clip)
+    if args.tracker == "sam3":
+        name = forward.model.name_or_path
+        parts = load_video_model(name, forward.model, forward.tokenizer)
+        tracked = video.track_sam3(*parts, forward, prompts.texts, args.threshold, frames)
+    else:
+        rows = options.hardware.max_rows_per_forward
+        tracked = video.follow(frames, lambda photo: answer(args, forward, photo, prompts, rows)[0])
+    masks = write_masks if args.save_masks else None
+    print(video.write_video(clip, tracked, prompts, outputs, masks), flush=True)
+
+
 @config.user_errors(ConfigError, DatasetError, AdapterError, ModelError)
 def main(argv: list[str] | None = None) -> int:
     """Runs the prompts on the images and writes what is found."""
@@ -330,6 +391,11 @@ def main(argv: list[str] | None = None) -> int:
     options = config.config_from_args(args)
     # 1. All that the user wrote, before a weight is loaded or a file written.
     prompts = read_prompts(args)
+    if args.video:
+        run_video(args, options, prompts)
+        return 0
+    if (args.every, args.fps, args.tracker) != (1, None, "iou"):
+        raise ConfigError("--every, --fps, --tracker: expected --video, found --image; drop them")
     images = list_images(args.image)
     check_images(images, prompts.boxes_xyxy)
     overlays = plan_overlays(args, images)

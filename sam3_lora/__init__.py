@@ -24,6 +24,7 @@ engine      the only batch loop: training, evaluation, schedule, seeding
 features    the cache of frozen parts' features
 evaluation  outputs to detections, a split to its metrics; a model ready to run
 prediction  prompts on a photo: texts and boxes to detections
+video       frames: detections that keep an identity, overlays, a GIF
 checkpoint  the adapter file and the resume state
 scenes      drawn scenes: the demo task, and what the demo model knows
 drawing     overlays, panels, curves

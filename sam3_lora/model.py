@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # of which what is slow to import and seldom needed is read as an attribute
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, Sam3Config, Sam3Model
 from transformers.utils import logging as hf_logging
 
@@ -69,6 +70,52 @@ def load_model(name: str) -> tuple[Sam3Model, Any]:
         found = "; ".join(f"{len(v)} {k} (first: {sorted(v)[0]})" for k, v in problems.items())
         raise ModelError(f"{name}: expected every weight of SAM 3, found {found}; get a full copy")
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def load_video_model(name: str, detector: Sam3Model, tokenizer: Any) -> tuple[Any, Any]:
+    """Loads SAM 3's video model around a detector that is there already.
+
+    Args:
+        name: hub id, or a local folder in the hub's layout, with the tracker's weights.
+        detector: in fp32, as `load_model` gives, with whatever adapter; it becomes the video
+            model's own, weight for weight.
+        tokenizer: the detector's.
+
+    Returns:
+        (`Sam3VideoModel`, `Sam3VideoProcessor`); the model in fp32, frozen, in eval mode, on the
+        detector's device.
+
+    Raises:
+        ModelError: not the hub's layout, damaged, or without the tracker's weights.
+    """
+    kind = _read_config(name).model_type
+    if kind != "sam3_video":
+        raise ModelError(
+            f"--tracker sam3: expected a base in the hub's layout (model_type sam3_video), found "
+            f"{kind!r} in {name}; use facebook/sam3 or a full copy of it, or --tracker iou"
+        )
+    try:
+        with _quiet_library():
+            model, report = transformers.Sam3VideoModel.from_pretrained(
+                name,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+    except Exception as error:  # as in `load_model`
+        raise ModelError(_access_hint(name, error)) from error
+    if lacking := sorted(report["missing_keys"]) + sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"--tracker sam3: expected the tracker's weights in {name}, found none of the right "
+            f"shape for {len(lacking)} (first: {lacking[0]}); get a full copy, or use --tracker iou"
+        )
+    del model.detector_model  # the given one may have no text encoder any more, and cannot be moved
+    model.requires_grad_(False).to(detector.detr_decoder.query_embed.weight.device).eval()
+    model.detector_model = detector
+    # Not from the folder's files: frames are resized, and prompts cut, as everywhere else here.
+    parts = transformers.Sam3ImageProcessor(), transformers.Sam2VideoVideoProcessor(), tokenizer
+    return model, transformers.Sam3VideoProcessor(*parts)
 
 
 def load_meta_model(name: str) -> tuple[Sam3Model, bool]:

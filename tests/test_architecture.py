@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "intervals": {"coco", "metrics"},
     "report": {"coco", "drawing", "intervals", "metrics"},
     "runlog": set(),
-    "video": {"coco", "drawing", "images", "metrics"},
+    "video": {"checkpoint", "coco", "dataset", "drawing", "evaluation", "forward", "geometry"}
+    | {"images", "metrics", "model", "prediction"},
 }
 # What scripts of a folder share; `rivals` is for all benchmarks.
 SHARED_BY_SCRIPTS = {
