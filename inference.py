@@ -7,7 +7,6 @@ r"""Finds and outlines what a text, or boxes drawn on an image, describe.
     python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
         --image test.jpg --text_prompt "red car" --bboxes '[[100, 150, 400, 350]]' \
         --output result.png
-
     python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
         --video frames --text_prompt "red car" --output outputs/inference
 
@@ -26,10 +25,12 @@ For a video clip.mp4, or a folder of frames named clip, into the folder of --out
 Prints a line an image: detections of each prompt, the best score (also one below --threshold), the
 overlay's path; of a video, one line.
 
---tracker iou links detections whose masks overlap from frame to frame. --tracker sam3 runs SAM 3's
-own video model, with the adapter in its detector, in fp32, on the frames as they come; it needs
-facebook/sam3 or a full copy of it. An adapter of the vision tower also shifts what that tracker
-sees; one of the other components leaves it as it is.
+--tracker iou links detections whose masks overlap from frame to frame; two masks of one object are
+two identities, unless --nms_iou 0.5 drops one. --tracker sam3 runs SAM 3's own video model, with
+the adapter merged into its detector, in fp32, on the frames as they come; it needs facebook/sam3 or
+a full copy of it. A new object needs the score that its config asks for (0.7), or --threshold where
+that is higher. An adapter of the vision tower also shifts what that tracker sees; one of the other
+components leaves it as it is.
 """
 
 import argparse

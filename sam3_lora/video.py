@@ -269,9 +269,10 @@ def track_sam3(
     """Detections and identities of SAM 3's video model, which looks at frames as they come.
 
     It carries each object's mask along by a memory of what it looked like, and adds what the
-    detector finds beside. Without future frames it does not take back an object that soon proves
-    wrong. An adapter of the vision tower also shifts what the tracker sees, on which the tracker
-    was not trained.
+    detector finds beside. An object's score is that of its first detection. Without future frames
+    the library takes no object back: one that proves wrong stays, and one that has left still
+    costs its time. An adapter of the vision tower also shifts what the tracker sees, on which the
+    tracker was not trained.
 
     Args:
         model: as `model.load_video_model` gives, around `forward.model`.
