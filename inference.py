@@ -10,6 +10,8 @@ r"""Finds and outlines what a text, or boxes drawn on an image, describe.
     python inference.py --lora_weights cracks=outputs/a/best_model leaks=outputs/b/best_model \
         --image photos --text_prompt crack "oil leak" car --output outputs/several \
         --route crack=cracks "oil leak=leaks:0.8,cracks:0.2" car=base
+    python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
+        --video frames --text_prompt "red car" --output outputs/inference
 
 SAM 3 takes a box as an example: it finds everything like the object in it, all over the image, not
 that object alone. --only_boxed keeps what lies in the boxes.
@@ -26,18 +28,26 @@ Writes, for result.png:
     result_detections.json   COCO results with file_name and prompt; category_id 1: first prompt
     result_masks/*.png       with --save_masks: a 0 and 255 image a detection, in the JSON's order
 and into a folder, for photo.jpg, photo_overlay.png, photo_detections.json and photo_masks/.
+For a video clip.mp4, or a folder of frames named clip, into the folder of --output:
+    clip_frames/00001.png    the frames with their detections, a colour an identity
+    clip.gif                 at most 640 pixels a side and 200 frames
+    clip_detections.json     as above, with frame (from 0) and track_id: one object, one id
 Prints a line an image: detections of each prompt, the best score (also one below the threshold),
-the overlay's path.
+the overlay's path; of a video, one line.
+
+--tracker iou links detections whose masks overlap from frame to frame; two masks of one object are
+two identities, unless --nms_iou 0.5 drops one. --tracker sam3 runs SAM 3's own video model, with
+the adapter merged into its detector, in fp32, on the frames as they come; it needs facebook/sam3 or
+a full copy of it. A new object needs the score that its config asks for (0.7), or --threshold where
+that is higher. An adapter of the vision tower also shifts what that tracker sees; one of the other
+components leaves it as it is.
 """
 
 import argparse
-import json
 import logging
-import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +56,7 @@ import numpy as np
 from PIL import Image
 
 from lora_layers import AdapterError
-from sam3_lora import coco, config
+from sam3_lora import coco, config, video
 from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter, set_aside
 from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
@@ -57,9 +67,9 @@ from sam3_lora.evaluation import (
     write_atomically,
     write_json,
 )
-from sam3_lora.forward import VISUAL_PROMPT, Forward
+from sam3_lora.forward import Forward
 from sam3_lora.metrics import coco_results
-from sam3_lora.model import ModelError
+from sam3_lora.model import ModelError, build_tracker
 from sam3_lora.prediction import (
     BASE,
     Prompts,
@@ -71,6 +81,16 @@ from sam3_lora.prediction import (
     read_texts,
     share_out,
     suppress,
+)
+from sam3_lora.prompts import (
+    box_problems,
+    parse_boxes,
+    parse_count,
+    parse_labels,
+    parse_route,
+    parse_share,
+    read_prompts,
+    read_routes,
 )
 from sam3_lora.tiles import add_tile_flag
 
@@ -84,8 +104,6 @@ SHOWN = 3
 SHOWN_PROMPTS = 10
 # Parts of an adapter's path that do not tell one run from another.
 SAME_IN_EVERY_RUN = (ADAPTER_FILE, "best_model", "last_model")
-# The largest weight of an adapter in a blend; minus it is the smallest.
-MAX_WEIGHT = 10
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,7 +114,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora_weights", nargs="+", action="extend", default=[], metavar="PATH",
         help="adapter: a file, or a folder with lora_weights.pt (default: the base model alone); "
         "several of one base, each by its run's folder or as NAME=PATH")
-    add("--image", type=Path, required=True, metavar="PATH", help="an image, or a folder of images")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--image", type=Path, metavar="PATH", help="an image, or a folder of images")
+    source("--video", type=Path, metavar="PATH",
+        help="a folder of frames, in natural order, or a video file, which needs `pip install av`")
+    add("--every", type=parse_count, default=1, metavar="N",
+        help="of a video, take each N-th frame (default: 1)")
+    add("--fps", type=parse_count, metavar="N",
+        help="frames a second of a video's GIF (default: as the video, 10 for images)")
+    add("--tracker", choices=("iou", "sam3"), default="iou",
+        help="how a video's objects keep their identity: by overlap of masks, or by SAM 3's own "
+        "tracker, which also shifts with an adapter of the vision tower (default: iou)")
     add("--text_prompt", nargs="+", default=[], metavar="TEXT",
         help='what to find; several: --text_prompt "red car" bus')
     add("--route", type=parse_route, nargs="+", action="extend", default=[], metavar="TEXT=NAME",
@@ -129,131 +157,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_boxes(text: str) -> list[list[float]]:
-    """The value of --bboxes as boxes_xyxy."""
-    form = "expected '[[x1, y1, x2, y2], ...]' in pixels, found"
-    boxes = _parse_list(text, form)
-    if _is_box(boxes):
-        raise argparse.ArgumentTypeError(
-            f"{form} one box without its outer brackets; did you mean '[{_show_box(boxes)}]'?"
-        )
-    for box in boxes:
-        if not _is_box(box):
-            raise argparse.ArgumentTypeError(f"{form} the box {json.dumps(box)[:60]}")
-        if not (box[0] < box[2] and box[1] < box[3]):
-            raise argparse.ArgumentTypeError(
-                f"expected two corners, x1 < x2 and y1 < y2, found the box {_show_box(box)}"
-            )
-    return boxes
-
-
-def _is_box(value: Any) -> bool:
-    """Whether a JSON value is a list of four finite numbers."""
-    numbers = isinstance(value, list) and all(type(v) is float and math.isfinite(v) for v in value)
-    return numbers and len(value) == 4
-
-
-def parse_labels(text: str) -> list[int]:
-    """The value of --bbox_labels."""
-    form = "expected '[1, 0, ...]', 1 for a positive box and 0 for a negative one, found"
-    labels = _parse_list(text, form)
-    if any(type(label) is not float or label not in (0, 1) for label in labels):
-        raise argparse.ArgumentTypeError(f"{form} {text[:60]!r}")
-    return [int(label) for label in labels]
-
-
-def _parse_list(text: str, form: str) -> list[Any]:
-    """A JSON list that is not empty, its numbers as floats."""
-    try:
-        values = json.loads(text, parse_int=float)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, list) or not values:
-        raise argparse.ArgumentTypeError(f"{form} {text[:60]!r}")
-    return values
-
-
-def parse_route(value: str) -> tuple[str, dict[str, float]]:
-    """A value of --route: a prompt, and the weight of each adapter by name."""
-    text, _, blend = value.rpartition("=")
-    text, shares = " ".join(text.split()), [share.partition(":") for share in blend.split(",")]
-    alone = len(shares) == 1
-    try:
-        weights = {n.strip(): float(w) if colon or not alone else 1.0 for n, colon, w in shares}
-    except ValueError:
-        weights = {}
-    usable = all(name and abs(weight) <= MAX_WEIGHT for name, weight in weights.items())
-    if not text or not usable or len(weights) < len(shares):
-        raise argparse.ArgumentTypeError(
-            "expected 'TEXT=NAME' or 'TEXT=NAME:0.7,NAME2:0.3', each name once and weights from "
-            f"-{MAX_WEIGHT} to {MAX_WEIGHT}, found {value[:60]!r}"
-        )
-    return text, weights
-
-
-def parse_share(text: str) -> float:
-    """A number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
-    return value
-
-
-def _show_box(box: Sequence[float]) -> str:
-    """A box for a message."""
-    return "[" + ", ".join(f"{value:g}" for value in box) + "]"
-
-
-def read_prompts(args: argparse.Namespace) -> Prompts:
-    """The prompts of the command line, checked against each other."""
-    texts = list(dict.fromkeys(" ".join(text.split()) for text in args.text_prompt))
-    labels = args.bbox_labels or [1] * len(args.bboxes)
-    if "" in texts:
-        raise ConfigError("--text_prompt: expected words, found an empty text")
-    if len(labels) != len(args.bboxes):
-        raise ConfigError(
-            f"--bbox_labels: expected one for each box of --bboxes ({len(args.bboxes)}), found "
-            f"{len(labels)}"
-        )
-    if not texts and not labels:
-        raise ConfigError(
-            "expected --text_prompt or --bboxes, found neither; say what to find, such as "
-            "--text_prompt \"red car\", or box an example with --bboxes '[[x1, y1, x2, y2]]'"
-        )
-    if args.tile and labels:
-        raise ConfigError(
-            "--tile: expected --text_prompt alone, found --bboxes, which most tiles do not show; "
-            "name the objects with --text_prompt, or leave out --tile"
-        )
-    if not any(labels) and (args.only_boxed or not texts):
-        flag = "--only_boxed" if args.only_boxed else "--bbox_labels"
-        raise ConfigError(f"{flag}: expected a positive box in --bboxes, found none; add one")
-    return Prompts(texts or [VISUAL_PROMPT], args.bboxes, labels)
-
-
-def read_routes(routes: list[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The values of --route by prompt; ConfigError for two of one prompt."""
-    texts = Counter(text for text, _ in routes)
-    twice = [text for text, count in texts.items() if count > 1]
-    if twice:
-        raise ConfigError(f"--route: expected one for each prompt, found more for {twice[0]!r}")
-    return dict(routes)
-
-
-def list_images(path: Path) -> list[Path]:
+def list_images(path: Path, flag: str = "--image") -> list[Path]:
     """The image at a path, or those directly in a folder, sorted; hidden files are skipped."""
     if not path.exists():
-        raise DatasetError(f"--image: expected an image or a folder of images, found no {path}")
+        raise DatasetError(f"{flag}: expected an image or a folder of images, found no {path}")
     if not path.is_dir():
         return [path]
     files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
     images = [p for p in files if p.suffix.lower() in coco.IMAGE_SUFFIXES]
     if not images:
         kinds = ", ".join(sorted(coco.IMAGE_SUFFIXES))
-        raise DatasetError(f"--image: expected images ({kinds}) in {path}, found none")
+        raise DatasetError(f"{flag}: expected images ({kinds}) in {path}, found none")
     return images
 
 
@@ -267,16 +181,7 @@ def check_images(images: list[Path], boxes_xyxy: list[list[float]]) -> None:
         except DatasetError as error:
             problems.append(str(error))
             continue
-        if boxes_xyxy and np.max(boxes_xyxy) <= 1 and max(width, height) > 2:
-            problems.append(
-                f"--bboxes: {_show_box(boxes_xyxy[0])} looks like fractions; pixels are expected, "
-                f"of {path} ({width} x {height})"
-            )
-            continue
-        for box in boxes_xyxy:
-            if min(box) < 0 or box[2] > width or box[3] > height:
-                wanted = f"--bboxes: expected boxes inside {path} ({width} x {height} pixels)"
-                problems.append(f"{wanted}, found {_show_box(box)}")
+        problems += box_problems(path, width, height, boxes_xyxy)
     if problems:
         more = f"; {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise DatasetError("; ".join(problems[:SHOWN]) + more)
@@ -340,15 +245,10 @@ def build_forward(
     blends: list[dict[str, float]],
 ) -> tuple[Forward, list[Route]]:
     """The base model, and the prompts' routes over its adapters."""
-    compiled = options.hardware.use_compile
-    if compiled and any(weights != blends[0] for weights in blends):
-        raise ConfigError(
-            "--use_compile: expected all prompts to go one way, found several, and each change of "
-            "adapter would compile anew; leave it out"
-        )
     name, geometry_cls = choose_model(asdict(options.model), vars(args), adapters)
     device, precision = options.hardware.device, options.hardware.mixed_precision
-    forward = replace(load_forward(name, geometry_cls, device, precision), compiled=compiled)
+    forward = load_forward(name, geometry_cls, device, precision)
+    forward = replace(forward, compiled=options.hardware.use_compile)
     log.info("%s with %s on %s", name, ", ".join(adapters) or "no adapter", forward.device)
     for own, adapter in adapters.items():
         if phrases := list(adapter.get("categories", {}).values()):
@@ -356,6 +256,38 @@ def build_forward(
             more = f", ... and {rest} more" if rest > 0 else ""
             log.info("%s (%s), training prompts: %s%s", own, adapter["path"], shown, more)
     return forward, plan_routes(forward, blends, adapters)
+
+
+def load(
+    args: argparse.Namespace, options: Config, prompts: Prompts
+) -> tuple[Forward, Prompts, list[float]]:
+    """The model, the prompts as its adapters know them, and the lowest score kept of each."""
+    adapters = read_adapters(args.lora_weights)
+    texts, blends = share_out(prompts.texts, read_routes(args.route), adapters)
+    check_one_way(args, options, blends)
+    forward, routes = build_forward(args, options, adapters, blends)
+    prompts = replace(prompts, texts=texts, routes=routes)
+    read_texts(forward, prompts)
+    return forward, prompts, choose_thresholds(args.threshold, texts, blends, adapters)
+
+
+def check_one_way(
+    args: argparse.Namespace, options: Config, blends: list[dict[str, float]]
+) -> None:
+    """Raises ConfigError where prompts go several ways and the adapter cannot be changed."""
+    reasons = {
+        "--use_compile": (
+            options.hardware.use_compile,
+            "each change of adapter would compile anew",
+        ),
+        "--tracker sam3": (args.tracker == "sam3", "its detector has one adapter"),
+    }
+    for flag, (given, reason) in reasons.items():
+        if given and any(weights != blends[0] for weights in blends):
+            raise ConfigError(
+                f"{flag}: expected all prompts to go one way, found several, and {reason}; leave "
+                "it out, or send all prompts one way with --route"
+            )
 
 
 def choose_thresholds(
@@ -430,6 +362,35 @@ def write_masks(folder: Path, found: Detections) -> None:
         write_image(folder / f"{number:03d}.png", mask.astype(np.uint8) * 255)
 
 
+def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> None:
+    """Runs the prompts on the frames of a video and writes what is found."""
+    if args.tracker == "sam3":
+        if args.bboxes or args.nms_iou is not None or args.tile:
+            raise ConfigError(
+                "--bboxes, --nms_iou, --tile: --tracker sam3 takes texts alone, whole frames, and "
+                "parts overlaps itself; drop them, or use --tracker iou"
+            )
+        # The library's model has one precision for all its parts.
+        options = replace(options, hardware=replace(options.hardware, mixed_precision="no"))
+    files = list_images(args.video, "--video") if args.video.is_dir() else None
+    clip = video.open_clip(args.video, files, args.every, args.fps)
+    outputs = video.plan_outputs(clip, args.output, args.json)
+    if problems := box_problems(clip.path, *clip.size, prompts.boxes_xyxy):
+        raise DatasetError("; ".join(problems[:SHOWN]))
+    forward, prompts, thresholds = load(args, options, prompts)
+    frames = video.read_frames(clip)
+    if args.tracker == "sam3":
+        parts = build_tracker(forward.model.name_or_path, forward.model, forward.tokenizer)
+        tracked = video.track_sam3(*parts, forward, prompts.texts, min(thresholds), frames)
+    else:
+        limits = thresholds, options.hardware.max_rows_per_forward
+        tracked = video.follow(
+            frames, lambda photo: answer(args, forward, photo, prompts, *limits)[0]
+        )
+    masks = write_masks if args.save_masks else None
+    print(video.write_video(clip, tracked, prompts, outputs, masks), flush=True)
+
+
 @config.user_errors(ConfigError, DatasetError, AdapterError, ModelError)
 def main(argv: list[str] | None = None) -> int:
     """Runs the prompts on the images and writes what is found."""
@@ -438,16 +399,16 @@ def main(argv: list[str] | None = None) -> int:
     options = config.config_from_args(args)
     # 1. All that the user wrote, before a weight is loaded or a file written.
     prompts = read_prompts(args)
+    if args.video:
+        run_video(args, options, prompts)
+        return 0
+    if (args.every, args.fps, args.tracker) != (1, None, "iou"):
+        raise ConfigError("--every, --fps, --tracker: expected --video, found --image; drop them")
     images = list_images(args.image)
     check_images(images, prompts.boxes_xyxy)
     overlays = plan_overlays(args, images)
-    adapters = read_adapters(args.lora_weights)
-    texts, blends = share_out(prompts.texts, read_routes(args.route), adapters)
     # 2. The model.
-    forward, routes = build_forward(args, options, adapters, blends)
-    thresholds = choose_thresholds(args.threshold, texts, blends, adapters)
-    prompts = replace(prompts, texts=texts, routes=routes)
-    read_texts(forward, prompts)
+    forward, prompts, thresholds = load(args, options, prompts)
     # 3. Image by image.
     rows: list[dict[str, Any]] = []
     max_rows = options.hardware.max_rows_per_forward

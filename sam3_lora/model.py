@@ -19,7 +19,9 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    Sam2VideoVideoProcessor,
     Sam3Config,
+    Sam3ImageProcessor,
     Sam3Model,
     Sam3Processor,
     Sam3VideoModel,
@@ -76,7 +78,7 @@ def load_video_model(name: str) -> Sam3VideoModel:
     if _read_config(name).model_type != "sam3_video":
         raise ModelError(
             f"{name}: expected SAM 3's video model, found the detector alone; name a base with a "
-            "tracker, such as facebook/sam3"
+            "tracker, facebook/sam3 or a full copy of it"
         )
     return _load_weights(Sam3VideoModel, name)
 
@@ -125,6 +127,32 @@ def save_model(model: PreTrainedModel, base: str, folder: Path, dtype: torch.dty
             return True
         load_tokenizer(base).save_pretrained(folder)
     return False
+
+
+def build_tracker(
+    name: str, detector: Sam3Model, tokenizer: Any
+) -> tuple[Sam3VideoModel, Sam3VideoProcessor]:
+    """SAM 3's video model around a detector that is there already.
+
+    Args:
+        name: as for `load_video_model`.
+        detector: in fp32, as `load_model` gives, with whatever adapter; it becomes the video
+            model's own, weight for weight.
+        tokenizer: the detector's.
+
+    Returns:
+        (model, processor); the model on the detector's device.
+
+    Raises:
+        ModelError: as for `load_video_model`.
+    """
+    model = load_video_model(name)
+    del model.detector_model  # the given one may have no text encoder any more, and cannot be moved
+    model.to(detector.detr_decoder.query_embed.weight.device)
+    model.detector_model = detector
+    # Not from the folder's files: frames are resized, and prompts cut, as everywhere else here.
+    parts = Sam3ImageProcessor(), Sam2VideoVideoProcessor(), tokenizer
+    return model, Sam3VideoProcessor(*parts)
 
 
 def load_meta_model(name: str) -> tuple[Sam3Model, bool]:

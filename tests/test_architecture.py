@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 33
+MAX_PACKAGE_FILES = 34
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -43,11 +43,13 @@ MAY_IMPORT = {
     "memory": {"forward", "lora_layers", "losses", "model"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
     | {"metrics", "model", "tiles"},
+    "prompts": {"config", "forward", "prediction"},
     "exchange": {"checkpoint", "lora_layers"},
     "intervals": {"coco", "metrics"},
     "report": {"coco", "drawing", "intervals", "metrics"},
     "runlog": {"drawing"},
-    "video": {"coco", "drawing", "images", "metrics"},
+    "video": {"checkpoint", "coco", "dataset", "drawing", "evaluation", "forward", "geometry"}
+    | {"images", "metrics", "model", "prediction"},
 }
 # What scripts of a folder share; `rivals` is for all benchmarks.
 SHARED_BY_SCRIPTS = {

@@ -25,6 +25,7 @@ from sam3_lora import checkpoint, prediction
 from sam3_lora.forward import Forward
 from sam3_lora.model import load_model
 from sam3_lora.prediction import Prompts, choose_model, find, plan_routes, read_texts, share_out
+from sam3_lora.prompts import parse_route
 
 # They differ in rank, scaling, targets and components, and share some layers.
 CONFIGS = {
@@ -256,7 +257,7 @@ def test_an_adapter_that_does_not_fit_is_named(forward, adapters) -> None:
     ],
 )
 def test_a_route_is_read(word, expected) -> None:
-    assert inference.parse_route(word) == expected
+    assert parse_route(word) == expected
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_a_wrong_route_is_refused(word) -> None:
     with pytest.raises(
         Exception, match=rf"expected 'TEXT=NAME' or .* found {re.escape(repr(word))}"
     ):
-        inference.parse_route(word)
+        parse_route(word)
 
 
 def test_names_of_adapters(adapters, tmp_path, monkeypatch) -> None:

@@ -1,0 +1,155 @@
+"""What a user asks for on the command line: texts, example boxes, routes over adapters.
+
+The `parse_*` functions are types of argparse's flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sam3_lora.config import ConfigError
+from sam3_lora.forward import VISUAL_PROMPT
+from sam3_lora.prediction import Prompts
+
+# The largest weight of an adapter in a blend; minus it is the smallest.
+MAX_WEIGHT = 10
+
+
+def parse_boxes(text: str) -> list[list[float]]:
+    """The value of --bboxes as boxes_xyxy."""
+    form = "expected '[[x1, y1, x2, y2], ...]' in pixels, found"
+    boxes = _parse_list(text, form)
+    if _is_box(boxes):
+        raise argparse.ArgumentTypeError(
+            f"{form} one box without its outer brackets; did you mean '[{_show_box(boxes)}]'?"
+        )
+    for box in boxes:
+        if not _is_box(box):
+            raise argparse.ArgumentTypeError(f"{form} the box {json.dumps(box)[:60]}")
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise argparse.ArgumentTypeError(
+                f"expected two corners, x1 < x2 and y1 < y2, found the box {_show_box(box)}"
+            )
+    return boxes
+
+
+def _is_box(value: Any) -> bool:
+    """Whether a JSON value is a list of four finite numbers."""
+    numbers = isinstance(value, list) and all(type(v) is float and math.isfinite(v) for v in value)
+    return numbers and len(value) == 4
+
+
+def parse_labels(text: str) -> list[int]:
+    """The value of --bbox_labels."""
+    form = "expected '[1, 0, ...]', 1 for a positive box and 0 for a negative one, found"
+    labels = _parse_list(text, form)
+    if any(type(label) is not float or label not in (0, 1) for label in labels):
+        raise argparse.ArgumentTypeError(f"{form} {text[:60]!r}")
+    return [int(label) for label in labels]
+
+
+def _parse_list(text: str, form: str) -> list[Any]:
+    """A JSON list that is not empty, its numbers as floats."""
+    try:
+        values = json.loads(text, parse_int=float)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, list) or not values:
+        raise argparse.ArgumentTypeError(f"{form} {text[:60]!r}")
+    return values
+
+
+def parse_route(value: str) -> tuple[str, dict[str, float]]:
+    """A value of --route: a prompt, and the weight of each adapter by name."""
+    text, _, blend = value.rpartition("=")
+    text, shares = " ".join(text.split()), [share.partition(":") for share in blend.split(",")]
+    alone = len(shares) == 1
+    try:
+        weights = {n.strip(): float(w) if colon or not alone else 1.0 for n, colon, w in shares}
+    except ValueError:
+        weights = {}
+    usable = all(name and abs(weight) <= MAX_WEIGHT for name, weight in weights.items())
+    if not text or not usable or len(weights) < len(shares):
+        raise argparse.ArgumentTypeError(
+            "expected 'TEXT=NAME' or 'TEXT=NAME:0.7,NAME2:0.3', each name once and weights from "
+            f"-{MAX_WEIGHT} to {MAX_WEIGHT}, found {value[:60]!r}"
+        )
+    return text, weights
+
+
+def parse_share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return value
+
+
+def parse_count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, found {text!r}")
+    return int(text)
+
+
+def _show_box(box: Sequence[float]) -> str:
+    """A box for a message."""
+    return "[" + ", ".join(f"{value:g}" for value in box) + "]"
+
+
+def read_prompts(args: argparse.Namespace) -> Prompts:
+    """The prompts of the command line, checked against each other."""
+    texts = list(dict.fromkeys(" ".join(text.split()) for text in args.text_prompt))
+    labels = args.bbox_labels or [1] * len(args.bboxes)
+    if "" in texts:
+        raise ConfigError("--text_prompt: expected words, found an empty text")
+    if len(labels) != len(args.bboxes):
+        raise ConfigError(
+            f"--bbox_labels: expected one for each box of --bboxes ({len(args.bboxes)}), found "
+            f"{len(labels)}"
+        )
+    if not texts and not labels:
+        raise ConfigError(
+            "expected --text_prompt or --bboxes, found neither; say what to find, such as "
+            "--text_prompt \"red car\", or box an example with --bboxes '[[x1, y1, x2, y2]]'"
+        )
+    if args.tile and labels:
+        raise ConfigError(
+            "--tile: expected --text_prompt alone, found --bboxes, which most tiles do not show; "
+            "name the objects with --text_prompt, or leave out --tile"
+        )
+    if not any(labels) and (args.only_boxed or not texts):
+        flag = "--only_boxed" if args.only_boxed else "--bbox_labels"
+        raise ConfigError(f"{flag}: expected a positive box in --bboxes, found none; add one")
+    return Prompts(texts or [VISUAL_PROMPT], args.bboxes, labels)
+
+
+def read_routes(routes: list[tuple[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The values of --route by prompt; ConfigError for two of one prompt."""
+    texts = Counter(text for text, _ in routes)
+    twice = [text for text, count in texts.items() if count > 1]
+    if twice:
+        raise ConfigError(f"--route: expected one for each prompt, found more for {twice[0]!r}")
+    return dict(routes)
+
+
+def box_problems(path: Path, width: int, height: int, boxes_xyxy: list[list[float]]) -> list[str]:
+    """What is wrong with boxes on an image of that size."""
+    if boxes_xyxy and np.max(boxes_xyxy) <= 1 and max(width, height) > 2:
+        box = _show_box(boxes_xyxy[0])
+        wanted = f"pixels are expected, of {path} ({width} x {height})"
+        return [f"--bboxes: {box} looks like fractions; {wanted}"]
+    wanted = f"--bboxes: expected boxes inside {path} ({width} x {height} pixels)"
+    outside = [b for b in boxes_xyxy if min(b) < 0 or b[2] > width or b[3] > height]
+    return [f"{wanted}, found {_show_box(box)}" for box in outside]
