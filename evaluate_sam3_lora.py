@@ -4,14 +4,19 @@
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --split test
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --base --split test
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --compare
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --prompt_with all
 
 Every category is asked for on every image. Prints a table: AP of boxes and masks by category, cgF1
 with its factors pmF1 and IL_MCC, mask IoU, and how often an absent category is found all the same.
 --base evaluates the base model that the adapter was trained on, or --model_name, without adapter.
 --compare evaluates the adapter, then its base in the same process, and prints both side by side.
+--prompt_with box asks for each category of an image with a box round one of its objects (an
+exemplar, the same at each evaluation) and the word "visual" in place of its text; both asks with
+that box and the text; all evaluates text, box and both. The boxed object is to be found too, and
+categories that an image lacks are asked for by their text, as in Meta's evaluation.
 
 Writes to output_dir (default: evaluation_<split>/ beside the adapter, or in outputs/base/):
-    metrics.json      every figure
+    metrics.json      every figure; with --prompt_with all those of text, and each in `by_prompt`
     detections.json   in COCO's results format, what the figures read: the best 100 of each image,
                       for AP, and all of score >= --score_threshold
 and with --compare, the base's figures being `base` in metrics.json:
@@ -76,6 +81,12 @@ log = logging.getLogger("evaluate")
 COMPARISON_FILES = ("base_detections.json", "panel.png")
 PANEL_IMAGES = 4
 PANEL_TITLES = ("annotation", "base model", "adapter")
+# How `PromptDataset` asks for the categories of an image.
+PROMPT_WITH = {
+    "text": {},
+    "box": {"box_prompt_probability": 1.0, "box_prompt_text_probability": 0.0},
+    "both": {"box_prompt_probability": 1.0, "box_prompt_text_probability": 1.0},
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,6 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
     )
     parser.add_argument("--split", default="val", help="train, val or test (default: val)")
+    parser.add_argument(
+        "--prompt_with",
+        choices=(*PROMPT_WITH, "all"),
+        default="text",
+        help="ask for an image's categories with text, with a box round one object, or with both; "
+        "absent categories keep their text (default: text)",
+    )
     parser.add_argument("--output_dir", type=Path, help="where metrics.json goes")
     # Not the configuration's own key, which is about a training run.
     parser.add_argument(
@@ -148,32 +166,57 @@ def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, st
 
 
 def build_batches(
-    forward: Forward, split: CocoSplit, config: Config, compare: bool
-) -> Iterable[dict[str, Any]]:
-    """Batches of one image with all its prompts; turns masks off where the split has none."""
-    model = forward.model
-    dataset = PromptDataset(split, image_size(model), num_queries(model), train=False)
-    forward.masks = dataset.has_masks()
+    forward: Forward, split: CocoSplit, config: Config, compare: bool, prompt_with: str
+) -> dict[str, Iterable[dict[str, Any]]]:
+    """Batches of one image with all its prompts, for each way to ask; turns masks off where the
+    split has none."""
+    canvas = image_size(forward.model), num_queries(forward.model)
+    kinds = PROMPT_WITH if prompt_with == "all" else (prompt_with,)
+    datasets = {k: PromptDataset(split, *canvas, train=False, **PROMPT_WITH[k]) for k in kinds}
+    forward.masks = next(iter(datasets.values())).has_masks()
     if not compare:  # the base reads the prompts again
-        forward.release_text_encoder(dataset.all_texts())
-    batches = epoch_batches(len(dataset), 1, 0, 0, shuffle=False)
-    return build_loader(dataset, batches, config.hardware.num_workers)
+        forward.release_text_encoder([t for d in datasets.values() for t in d.all_texts()])
+    order = epoch_batches(len(split.images), 1, 0, 0, shuffle=False)
+    return {k: build_loader(d, order, config.hardware.num_workers) for k, d in datasets.items()}
 
 
 def run_evaluation(
-    forward: Forward, batches: Iterable[dict[str, Any]], split: CocoSplit, config: Config
+    forward: Forward,
+    batches: dict[str, Iterable[dict[str, Any]]],
+    split: CocoSplit,
+    config: Config,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of a split, and its detections as COCO results."""
-    return evaluate_split(
-        forward,
-        compute_losses,
-        count_targets,
-        tqdm(batches, "images", disable=not sys.stderr.isatty()),
-        split,
-        max_rows=config.hardware.max_rows_per_forward,
-        max_detections=config.evaluation.max_detections,
-        score_threshold=config.evaluation.score_threshold,
-    )
+    """Metrics of a split and its detections as COCO results, of the first way to ask; where there
+    are several, the metrics of each are in `by_prompt`, and printed."""
+    found = {
+        kind: evaluate_split(
+            forward,
+            compute_losses,
+            count_targets,
+            tqdm(own, f"images, {kind}", disable=not sys.stderr.isatty()),
+            split,
+            max_rows=config.hardware.max_rows_per_forward,
+            max_detections=config.evaluation.max_detections,
+            score_threshold=config.evaluation.score_threshold,
+        )
+        for kind, own in batches.items()
+    }
+    summary, results = next(iter(found.values()))
+    if len(found) > 1:
+        summaries = {kind: own for kind, (own, _) in found.items()}
+        sys.stdout.write(format_by_prompt(summaries) + "\n\n")
+        summary = {**summary, "by_prompt": summaries}
+    return summary, results
+
+
+def format_by_prompt(summaries: dict[str, dict[str, Any]]) -> str:
+    """The figures of each way to ask, a line each."""
+    rows = [("asked with", "box AP50", "mask AP50", "cgF1@0.5", "false positives")]
+    for kind, summary in summaries.items():
+        found = [(summary[geometry] or {}).get("AP50") for geometry in ("bbox", "segm")]
+        found += [summary["cgf1"]["cgF1@0.5"], summary["false_positive_rate"]]
+        rows.append((kind, *("undefined" if f is None else f"{f:.3f}" for f in found)))
+    return "\n".join(f"{row[0]:<10}" + "".join(f"{c:>17}" for c in row[1:]) for row in rows)
 
 
 def draw_comparison(
@@ -257,9 +300,10 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Every category on every image.
     forward, subject = build_forward(args, config)
     log.info("%s on %s: %d of %d images", subject, folder, len(split.images), total)
-    batches = build_batches(forward, split, config, args.compare)
+    batches = build_batches(forward, split, config, args.compare, args.prompt_with)
     summary, results = run_evaluation(forward, batches, split, config)
-    described = {"model": subject, "data": str(folder), "split": args.split, **summary}
+    described = {"model": subject, "data": str(folder), "split": args.split}
+    described |= {"prompt_with": args.prompt_with, **summary}
     found = {"detections.json": results}
     sys.stdout.write(format_summary(summary) + "\n")
     # 3. The base model that is under the adapter.

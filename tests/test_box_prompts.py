@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate_sam3_lora
 import prepare_data
 import train_sam3_lora
 from sam3_lora.coco import CocoSplit
@@ -320,3 +321,27 @@ def test_training_from_a_cache_is_the_same(tiny_model_dir, data_dir, tmp_path):
     first, second = (torch.load(path, weights_only=True)["lora"] for _, path in found)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "features (trunk)" in (tmp_path / "cached" / "train.log").read_text()
+
+
+@pytest.mark.scripts
+def test_evaluation_with_text_with_a_box_with_both(tiny_model_dir, data_dir, tmp_path, capsys):
+    _, weights = train(tiny_model_dir, data_dir, tmp_path / "run")
+    metrics = {}
+    for kind in ("all", "text", "box", "both"):
+        arguments = ["--lora_weights", str(weights), "--data_dir", str(data_dir), "--split", "test"]
+        arguments += ["--num_workers", "0", "--prompt_with", kind]
+        arguments += ["--compare"] if kind == "all" else []
+        capsys.readouterr()
+        assert evaluate_sam3_lora.main([*arguments, "--output_dir", str(tmp_path / kind)]) == 0
+        shown = capsys.readouterr().out
+        metrics[kind] = json.loads((tmp_path / kind / "metrics.json").read_text())
+        assert metrics[kind]["prompt_with"] == kind
+        assert ("asked with" in shown) == (kind == "all")
+    by_prompt = metrics["all"]["by_prompt"]
+    assert list(by_prompt) == list(metrics["all"]["base"]["by_prompt"]) == ["text", "box", "both"]
+    losses = [summary["losses"]["loss"] for summary in by_prompt.values()]
+    assert len(set(losses)) == 3 and losses[0] == metrics["all"]["losses"]["loss"]
+    for kind, summary in by_prompt.items():
+        assert summary["losses"] == pytest.approx(metrics[kind]["losses"], rel=1e-5)
+        assert summary["bbox"] == metrics[kind]["bbox"]
+    assert evaluate_sam3_lora.main(["--base", "--prompt_with", "boxes"]) == 2
