@@ -423,7 +423,12 @@ class PromptDataset(Dataset):
         return items
 
     def _report_left_out(self) -> None:
-        """Warns of objects, crowds apart, that `_objects` leaves out."""
+        """Warns of objects, crowds apart, that `_objects` leaves out, and of words without any."""
+        if self.box_prompt_probability == 1:
+            log.warning(
+                "box_prompt_probability is 1: words alone are asked for only where they find "
+                "nothing, and will find nothing; lower it unless boxes are all that will be used"
+            )
         rows = self.split.annotations.values()
         single = sum(not entry["iscrowd"] for annotations in rows for entry in annotations)
         left_out = single - sum(len(self._objects(record)) for record in self.split.images)

@@ -190,6 +190,13 @@ def test_the_text_stays_or_gives_way(share, expected):
     assert VISUAL_PROMPT in dataset.all_texts() and VISUAL_PROMPT not in plain.all_texts()
 
 
+def test_words_that_are_never_asked_for_alone_are_told(caplog):
+    for share, told in ((1.0, 1), (0.9, 0)):
+        caplog.clear()
+        make_set(box_prompt_probability=share)
+        assert caplog.text.count("words alone") == told
+
+
 def test_boxes_change_no_other_draw():
     options = {"flip_probability": 0.5, "images": 2, "box_prompt_text_probability": 1.0}
     with_boxes = items_of(make_set(box_prompt_negative_probability=0.5, **options))
