@@ -6,6 +6,7 @@
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --compare
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --report out
     python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --calibrate
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --prompt_with all
 
 Every category is asked for on every image. Prints a table: AP of boxes and masks by category, cgF1
 with its factors pmF1 and IL_MCC, mask IoU, and how often an absent category is found all the same.
@@ -17,9 +18,13 @@ words that should find nothing, and for what the base should still know: the ann
 --calibrate chooses each category's threshold for the highest F1 on the split and stores it in the
 adapter's file, where inference.py reads it. Choose on val, and measure on test.
 --tile 0.5 searches each photo and its tiles, as `inference.py --tile 0.5`; `losses` is then empty.
+--prompt_with box asks for each category of an image with a box round one of its objects (an
+exemplar, the same at each evaluation) and the word "visual" in place of its text; both asks with
+that box and the text; all evaluates text, box and both. The boxed object is to be found too, and
+categories that an image lacks are asked for by their text, as in Meta's evaluation.
 
 Writes to output_dir (default: evaluation_<split>/ beside the adapter, or in outputs/base/):
-    metrics.json      every figure
+    metrics.json      every figure; with --prompt_with all those of text, and each in `by_prompt`
     detections.json   in COCO's results format, what the figures read: the best 100 of each image,
                       for AP, and all of score >= --score_threshold
 and with --compare, the base's figures being `base` in metrics.json:
@@ -98,54 +103,42 @@ FOUND = ("detections.json", "base_detections.json")
 COMPARISON_FILES = ("base_detections.json", "panel.png", "report.html")
 PANEL_IMAGES = 4
 BOOTSTRAP = 1000  # resamples of the images
+# How `PromptDataset` asks for the categories of an image.
+PROMPT_WITH = {
+    "text": {},
+    "box": {"box_prompt_probability": 1.0, "box_prompt_text_probability": 0.0},
+    "both": {"box_prompt_probability": 1.0, "box_prompt_text_probability": 1.0},
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: what to evaluate, and the configuration's flags for model and machine."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--lora_weights", type=Path, help="adapter file, or the folder it is in")
-    parser.add_argument("--base", action="store_true", help="evaluate without the adapter")
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="also evaluate the base without the adapter, and draw both beside the truth",
-    )
-    parser.add_argument(
-        "--report",
-        type=Path,
-        metavar="DIR",
-        help="as --compare, into DIR, with a page: intervals, forgetting, thresholds, pictures",
-    )
-    parser.add_argument(
-        "--bootstrap",
-        type=parse_count,
-        metavar="N",
-        help=f"--report: resamples of the intervals, 0 for none (default: {BOOTSTRAP})",
-    )
-    parser.add_argument(
-        "--probe_dir",
-        type=Path,
-        metavar="DIR",
-        help="--report: data folder with other concepts, to see whether the adapter forgot them",
-    )
-    parser.add_argument("--probe_split", help="of --probe_dir (default: test)")
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="choose each category's threshold on the split and store it in the adapter's file",
-    )
-    parser.add_argument(
-        "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
-    )
-    parser.add_argument("--split", default="val", help="train, val or test (default: val)")
-    parser.add_argument("--output_dir", type=Path, help="where metrics.json goes")
+    add = parser.add_argument
+    # fmt: off
+    add("--lora_weights", type=Path, help="adapter file, or the folder it is in")
+    add("--base", action="store_true", help="evaluate without the adapter")
+    add("--compare", action="store_true",
+        help="also evaluate the base without the adapter, and draw both beside the truth")
+    add("--report", type=Path, metavar="DIR",
+        help="as --compare, into DIR, with a page: intervals, forgetting, thresholds, pictures")
+    add("--bootstrap", type=parse_count, metavar="N",
+        help=f"--report: resamples of the intervals, 0 for none (default: {BOOTSTRAP})")
+    add("--probe_dir", type=Path, metavar="DIR",
+        help="--report: data folder with other concepts, to see whether the adapter forgot them")
+    add("--probe_split", help="of --probe_dir (default: test)")
+    add("--calibrate", action="store_true",
+        help="choose each category's threshold on the split and store it in the adapter's file")
+    add("--data_dir", type=Path, default=Path("data"), help="data folder (default: data)")
+    add("--split", default="val", help="train, val or test (default: val)")
+    add("--prompt_with", choices=(*PROMPT_WITH, "all"), default="text",
+        help="ask for an image's categories with text, with a box round one object, or with both; "
+        "absent categories keep their text (default: text)")
+    add("--output_dir", type=Path, help="where metrics.json goes")
     # Not the configuration's own key, which is about a training run.
-    parser.add_argument(
-        "--overwrite",
-        dest="replace",
-        action="store_true",
-        help="write over an earlier evaluation in output_dir, which else is renamed",
-    )
+    add("--overwrite", dest="replace", action="store_true",
+        help="write over an earlier evaluation in output_dir, which else is renamed")
+    # fmt: on
     add_tile_flag(parser)
     sections = ("model", "evaluation", "hardware")
     add_config_flags(parser, sections, without=("best_metric", "gradient_checkpointing"))
@@ -179,6 +172,16 @@ def check_subject(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--{flag}: expected --lora_weights FILE alone, found {found}; {purpose}"
             )
+    if args.tile and args.prompt_with != "text":
+        raise ConfigError(
+            f"--prompt_with {args.prompt_with}: expected without --tile, as most tiles do not show "
+            "the box; drop one"
+        )
+    if args.calibrate and args.prompt_with in ("box", "both"):
+        raise ConfigError(
+            f"--calibrate: expected thresholds of text prompts, found --prompt_with "
+            f"{args.prompt_with}; drop one"
+        )
     if args.lora_weights is None and not args.base:
         raise ConfigError(
             "expected an adapter, found none; give --lora_weights FILE, or --base for the base "
@@ -248,26 +251,29 @@ def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, st
 
 
 def build_batches(
-    forward: Forward, split: CocoSplit, config: Config, compare: bool
-) -> Iterable[dict[str, Any]]:
-    """Batches of one image with all its prompts; turns masks off where the split has none."""
-    model = forward.model
-    dataset = PromptDataset(split, image_size(model), num_queries(model), train=False)
-    forward.masks = dataset.has_masks()
+    forward: Forward, split: CocoSplit, config: Config, compare: bool, prompt_with: str
+) -> dict[str, Iterable[dict[str, Any]]]:
+    """Batches of one image with all its prompts, for each way to ask; turns masks off where the
+    split has none."""
+    canvas = image_size(forward.model), num_queries(forward.model)
+    kinds = PROMPT_WITH if prompt_with == "all" else (prompt_with,)
+    datasets = {k: PromptDataset(split, *canvas, train=False, **PROMPT_WITH[k]) for k in kinds}
+    forward.masks = next(iter(datasets.values())).has_masks()
     if not compare:  # the base reads the prompts again
-        forward.release_text_encoder(dataset.all_texts())
-    batches = epoch_batches(len(dataset), 1, 0, 0, shuffle=False)
-    return build_loader(dataset, batches, config.hardware.num_workers)
+        forward.release_text_encoder([t for d in datasets.values() for t in d.all_texts()])
+    order = epoch_batches(len(split.images), 1, 0, 0, shuffle=False)
+    return {k: build_loader(d, order, config.hardware.num_workers) for k, d in datasets.items()}
 
 
 def run_evaluation(
     forward: Forward,
-    batches: Iterable[dict[str, Any]],
+    batches: dict[str, Iterable[dict[str, Any]]],
     split: CocoSplit,
     config: Config,
     tile: float | None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of a split, and its detections as COCO results; `batches` are of whole photos."""
+) -> Evaluated:
+    """Metrics of a split and its detections as COCO results, of the first way to ask; where there
+    are several, the metrics of each are in `by_prompt`, and printed."""
     limits = {
         "max_rows": config.hardware.max_rows_per_forward,
         "max_detections": config.evaluation.max_detections,
@@ -276,9 +282,27 @@ def run_evaluation(
     progress = partial(tqdm, desc="images", disable=not sys.stderr.isatty())
     if tile:
         return evaluate_tiles(forward, split, progress(split.images), tile, **limits)
-    return evaluate_split(
-        forward, compute_losses, count_targets, progress(batches), split, **limits
-    )
+    losses = compute_losses, count_targets
+    found = {
+        kind: evaluate_split(forward, *losses, progress(own), split, **limits)
+        for kind, own in batches.items()
+    }
+    summary, results = next(iter(found.values()))
+    if len(found) > 1:
+        summaries = {kind: own for kind, (own, _) in found.items()}
+        sys.stdout.write(format_by_prompt(summaries) + "\n\n")
+        summary = {**summary, "by_prompt": summaries}
+    return summary, results
+
+
+def format_by_prompt(summaries: dict[str, dict[str, Any]]) -> str:
+    """The figures of each way to ask, a line each."""
+    rows = [("asked with", "box AP50", "mask AP50", "cgF1@0.5", "false positives")]
+    for kind, summary in summaries.items():
+        found = [(summary[geometry] or {}).get("AP50") for geometry in ("bbox", "segm")]
+        found += [summary["cgf1"]["cgF1@0.5"], summary["false_positive_rate"]]
+        rows.append((kind, *("undefined" if f is None else f"{f:.3f}" for f in found)))
+    return "\n".join(f"{row[0]:<10}" + "".join(f"{c:>17}" for c in row[1:]) for row in rows)
 
 
 def run_more(
@@ -290,7 +314,7 @@ def run_more(
         if not split.categories:  # no word is unlike the categories
             found[name] = {}, []
             continue
-        batches = build_batches(forward, split, config, compare=True)
+        batches = build_batches(forward, split, config, compare=True, prompt_with="text")
         if name == "words":  # for which there is no annotation and no AP
             forward.masks = True
             log.info("%d words on the same images", len(split.categories))
@@ -387,9 +411,10 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Every category on every image.
     forward, subject, adapter = build_forward(args, config)
     log.info("%s on %s", subject, folder)
-    batches = build_batches(forward, split, config, compare)
+    batches = build_batches(forward, split, config, compare, args.prompt_with)
     summary, results = run_evaluation(forward, batches, split, config, args.tile)
-    described = {"model": subject, "data": str(folder), "split": args.split, **summary}
+    described = {"model": subject, "data": str(folder), "split": args.split}
+    described |= {"prompt_with": args.prompt_with, **summary}
     found = {FOUND[0]: results}
     sys.stdout.write(format_summary(summary) + "\n")
     ours = {"split": (summary, results), **run_more(forward, more, config, args.tile)}

@@ -121,27 +121,26 @@ def build_datasets(
     config: Config, model: torch.nn.Module, splits: tuple[CocoSplit, CocoSplit | None]
 ) -> tuple[PromptDataset, PromptDataset | None]:
     """Training and validation sets for the model's canvas."""
-    training = config.training
-    size, queries = image_size(model), num_queries(model)
+    training, canvas = config.training, (image_size(model), num_queries(model))
     cached = training.cache_features != "off"
     moves = training.augment or training.flip_probability > 0
     train_set = PromptDataset(
         splits[0],
-        size,
-        queries,
+        *canvas,
         train=True,
         prompts_per_image=training.prompts_per_image,
         out_of_domain_prompts=training.out_of_domain_prompts,
         prompt_pool=training.prompt_pool or (training.prompts_per_image if cached else None),
         views=(training.cache_views if moves else 1) if cached else None,
+        box_prompt_probability=training.box_prompt_probability,
+        box_prompt_text_probability=training.box_prompt_text_probability,
+        box_prompt_negative_probability=training.box_prompt_negative_probability,
         augment=training.augment,
         flip_probability=training.flip_probability,
         over_queries=training.over_queries,
         seed=training.seed,
     )
-    val_set = None
-    if splits[1] is not None:
-        val_set = PromptDataset(splits[1], size, queries, train=False)
+    val_set = PromptDataset(splits[1], *canvas, train=False) if splits[1] else None
     check_trainable(config, train_set.has_masks())
     return train_set, val_set
 
@@ -205,7 +204,8 @@ def build_forward(
 
 def memory_settings(config: Config, forward: Forward) -> dict[str, Any]:
     """The arguments of `memory.predict` for this configuration."""
-    cached = config.training.cache_features != "off" and cacheable_parts(forward)
+    boxes = config.training.box_prompt_probability > 0
+    cached = config.training.cache_features != "off" and cacheable_parts(forward, boxes)
     return {
         "images": config.training.batch_size,
         "prompts": config.training.prompts_per_image,

@@ -26,6 +26,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from sam3_lora.coco import CocoSplit, DatasetError, decode_mask, read_image
+from sam3_lora.forward import VISUAL_PROMPT
+from sam3_lora.geometry import box_apart, jitter_box
 from sam3_lora.tiles import Window, choose_tiles, count_beyond, cut_objects, touches
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,10 @@ OUT_OF_DOMAIN_WORDS = (
 )  # fmt: skip
 
 Item = dict[str, Any]
+BoxPrompt = tuple[int, list[float]]  # 1 positive or 0 negative; the box
+Place = tuple[int, int, int, bool]
+# An item's objects that can be targets, all its annotations, its (height, width).
+Visible = tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[int, int]]
 
 
 def other_words(words: Iterable[str], split: CocoSplit) -> list[str]:
@@ -70,6 +76,11 @@ class PromptDataset(Dataset):
             once; None: for others each epoch.
         views: training: placements of an image, which the epochs take in turn; None: a new one
             each epoch.
+        box_prompt_probability: that a prompt with objects comes with a box round one of them, 0 to
+            1; in training the box is jittered, and drawn anew each epoch.
+        box_prompt_text_probability: that its text stays; else it is `visual`.
+        box_prompt_negative_probability: that it also comes with a negative box, which touches none
+            of its objects: round one of another category, else on the background.
         augment: training: random resize and padding.
         flip_probability: training: of a left-right flip, 0 to 1.
         over_queries: training: of a prompt with more objects than queries, `cap` keeps the
@@ -91,6 +102,9 @@ class PromptDataset(Dataset):
         out_of_domain_prompts: int = 1,
         prompt_pool: int | None = None,
         views: int | None = None,
+        box_prompt_probability: float = 0.0,
+        box_prompt_text_probability: float = 0.5,
+        box_prompt_negative_probability: float = 0.0,
         augment: bool = True,
         flip_probability: float = 0.0,
         over_queries: str = "cap",
@@ -104,6 +118,9 @@ class PromptDataset(Dataset):
         self.out_of_domain_prompts = out_of_domain_prompts
         self.prompt_pool = prompt_pool
         self.views = views
+        self.box_prompt_probability = box_prompt_probability
+        self.box_prompt_text_probability = box_prompt_text_probability
+        self.box_prompt_negative_probability = box_prompt_negative_probability
         # What items hold beside their prompts; a cache of features is built without targets, and
         # trained from without images.
         self.parts = ("image", "targets")
@@ -132,9 +149,10 @@ class PromptDataset(Dataset):
         Returns:
             `image` (3,S,S) uint8, `view` (index, number of its placement), `image_id`,
             `original_size` (H, W), and lists with one entry a prompt: `texts`, `category_ids`,
-            `targets` of `boxes_cxcywh` (G,4) in 0 to 1 of the canvas, `has_mask` (G,) bool, `masks`
-            (G,S,S) bool, empty for an object without one, (0,S,S) where no object has one; and
-            `complete` () bool, no object was left out.
+            `box_prompts`, lists of (label, cxcywh in 0 to 1 of the canvas), `targets` of
+            `boxes_cxcywh` (G,4), likewise, `has_mask` (G,) bool, `masks` (G,S,S) bool, empty for an
+            object without one, (0,S,S) where no object has one; and `complete` () bool, no object
+            was left out.
 
         Raises:
             DatasetError: the image file is missing or cannot be read.
@@ -143,40 +161,44 @@ class PromptDataset(Dataset):
         rng = np.random.default_rng((self.seed, epoch, index))
         view = epoch % self.views if self.views else epoch
         place = self.placement(index, view) if self.views else self._place(rng)
-        objects, annotations, (height, width) = self._visible(index)
+        visible = objects, annotations, size = self._visible(index)
         if self.prompt_pool:  # the same draw whether a view was placed before or now
             rng = np.random.default_rng((self.seed, epoch, index, 1))
         categories = self._choose_prompts(index, objects, annotations, rng)
         # As in Meta's data a crowd is no object, and background to the union of masks.
         annotated = Counter(a["category_id"] for a in annotations if not a["iscrowd"])
+        own = [self._largest(objects, c) for c, _ in categories]
+        boxes_rng = np.random.default_rng((self.seed, epoch, index, 2))
+        boxes, visual = self._draw_boxes(own, visible, index, place, boxes_rng)
+        asked = zip(categories, visual, strict=True)
         targets = [
-            self._target(
-                [o for o in objects if o["category_id"] == c], annotated[c], height, width, place
-            )
-            for c, _ in categories
+            self._target(mine, annotated[c], size, place)
+            for (c, _), mine in zip(categories, own, strict=True)
             if "targets" in self.parts
         ]
         image = {"image": self._draw(index, place)} if "image" in self.parts else {}
         return image | {
             "view": (index, view),
             "image_id": self._record(index)["id"],
-            "original_size": (height, width),
-            "texts": [self._text(c) for c in categories],
+            "original_size": size,
+            "texts": [VISUAL_PROMPT if alone else self._text(c) for c, alone in asked],
             "category_ids": [c for c, _ in categories],
+            "box_prompts": boxes,
             "targets": targets,
         }
 
     def all_texts(self) -> list[str]:
         """Every prompt that an item may have."""
         phrases = [self.split.phrase(category) for category in self.split.categories]
-        return phrases + (self.words if self.train else [])
+        visual = [VISUAL_PROMPT] if self.box_prompt_probability > 0 else []
+        return phrases + (self.words if self.train else []) + visual
 
     def pool(self, index: int) -> list[str]:
         """The texts that an item can be asked for in training, where they are a fixed list."""
         objects, annotations, _ = self._visible(index)
         return [self._text(category) for category in self._pool(index, objects, annotations)]
 
-    def placement(self, index: int, view: int) -> tuple[int, int, int, bool]:
+    def placement(self, index: int, view: int) -> Place:
         """Side of the resized image, left and top of it on the canvas (pixels), flip: of a view."""
         return self._place(np.random.default_rng((self.seed, view, index)))
 
@@ -192,9 +214,7 @@ class PromptDataset(Dataset):
         """The prompt of a (category id, word)."""
         return category[1] if category[0] == OUT_OF_DOMAIN else self.split.phrase(category[0])
 
-    def _visible(
-        self, index: int
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[int, int]]:
+    def _visible(self, index: int) -> Visible:
         """An item's objects that can be targets, all its annotations, its (height, width)."""
         record, tile = self._record(index), self.items[index][1]
         objects, annotations = self._objects(record), self.split.annotations[record["id"]]
@@ -205,7 +225,7 @@ class PromptDataset(Dataset):
             height, width = tile[3] - tile[1], tile[2] - tile[0]
         return objects, annotations, (height, width)
 
-    def _draw(self, index: int, place: tuple[int, int, int, bool]) -> torch.Tensor:
+    def _draw(self, index: int, place: Place) -> torch.Tensor:
         """An item's photo or tile on the canvas, (3,S,S) uint8."""
         photo = self._read_photo(self._record(index))
         if tile := self.items[index][1]:
@@ -240,7 +260,7 @@ class PromptDataset(Dataset):
                 objects.append({**entry, "bbox": [left, top, right - left, bottom - top]})
         return objects
 
-    def _place(self, rng: np.random.Generator) -> tuple[int, int, int, bool]:
+    def _place(self, rng: np.random.Generator) -> Place:
         """A placement, drawn."""
         size = self.image_size
         if not self.train:
@@ -300,37 +320,70 @@ class PromptDataset(Dataset):
         chosen += [(OUT_OF_DOMAIN, self.words[i]) for i in rng.permutation(len(self.words))[:words]]
         return chosen
 
+    def _largest(self, objects: list[dict[str, Any]], category_id: int) -> list[dict[str, Any]]:
+        """A category's objects, largest first, as many as a prompt can find."""
+        own = [o for o in objects if o["category_id"] == category_id]
+        return sorted(own, key=lambda o: -o["bbox"][2] * o["bbox"][3])[: self.num_queries]
+
+    def _draw_boxes(
+        self,
+        own: list[list[dict[str, Any]]],
+        visible: Visible,
+        index: int,
+        place: Place,
+        rng: np.random.Generator,
+    ) -> tuple[list[list[BoxPrompt]], list[bool]]:
+        """The box prompts of each prompt, given its `own` objects; and whether they stand alone."""
+        objects, annotations, size = visible
+        left, top = (self.items[index][1] or (0, 0))[:2]  # annotations lie on the photo, not a tile
+        boxes: list[list[BoxPrompt]] = [[] for _ in own]
+        alone = [False] * len(own)
+        for row, mine in enumerate(own):
+            if not mine or rng.random() >= self.box_prompt_probability:
+                continue
+            alone[row] = rng.random() >= self.box_prompt_text_probability
+            chosen = mine[rng.integers(len(mine))]
+            bbox, category = chosen["bbox"], chosen["category_id"]
+            drawn = [(1, jitter_box(bbox, size, rng) if self.train else bbox)]
+            if rng.random() < self.box_prompt_negative_probability:
+                others = [o["bbox"] for o in objects if o["category_id"] != category]
+                taken = [a["bbox"] for a in annotations if a["category_id"] == category]
+                taken = [[x - left, y - top, w, h] for x, y, w, h in taken]
+                if away := box_apart(taken, others, bbox[2:], size, rng):
+                    drawn.append((0, away))
+            boxes[row] = [(label, self._on_canvas(box, size, place)) for label, box in drawn]
+        return boxes, alone
+
+    def _on_canvas(self, bbox: list[float], size: tuple[int, int], place: Place) -> list[float]:
+        """A box (xywh, pixels of a photo of `size`) as cxcywh in 0 to 1 of the canvas."""
+        (x, y, w, h), (height, width), (side, left, top, flip) = bbox, size, place
+        centre_x = (x + w / 2) / width
+        centre_x = 1 - centre_x if flip else centre_x
+        return [
+            (centre_x * side + left) / self.image_size,
+            ((y + h / 2) / height * side + top) / self.image_size,
+            w / width * side / self.image_size,
+            h / height * side / self.image_size,
+        ]
+
     def _target(
         self,
         objects: list[dict[str, Any]],
         annotated: int,
-        height: int,
-        width: int,
-        place: tuple[int, int, int, bool],
+        original_size: tuple[int, int],
+        place: Place,
     ) -> dict[str, torch.Tensor]:
         """Boxes and masks of one prompt's objects, of `annotated` ones, on the canvas."""
-        objects = sorted(objects, key=lambda o: -o["bbox"][2] * o["bbox"][3])[: self.num_queries]
         complete = torch.tensor(len(objects) == annotated)
-        side, left, top, flip = place
         size = self.image_size
         boxes = torch.zeros(len(objects), 4)
         has_mask = torch.tensor([bool(o["segmentation"]) for o in objects], dtype=torch.bool)
         count = len(objects) if has_mask.any() else 0
         masks = torch.zeros(count, size, size, dtype=torch.bool)
         for i, entry in enumerate(objects):
-            x, y, w, h = entry["bbox"]
-            centre_x = (x + w / 2) / width
-            centre_x = 1 - centre_x if flip else centre_x
-            boxes[i] = torch.tensor(
-                [
-                    (centre_x * side + left) / size,
-                    ((y + h / 2) / height * side + top) / size,
-                    w / width * side / size,
-                    h / height * side / size,
-                ]
-            )
+            boxes[i] = torch.tensor(self._on_canvas(entry["bbox"], original_size, place))
             if entry["segmentation"]:
-                mask = decode_mask(entry["segmentation"], height, width)
+                mask = decode_mask(entry["segmentation"], *original_size)
                 # 0 and 255, so that half coverage rounds as Meta's uint8 resize does.
                 pixels = torch.from_numpy(mask.astype(np.uint8) * 255)[None]
                 masks[i] = place_on_canvas(pixels, size, *place)[0] > 127
@@ -374,7 +427,12 @@ class PromptDataset(Dataset):
         return items
 
     def _report_left_out(self) -> None:
-        """Warns of objects, crowds apart, that `_objects` leaves out."""
+        """Warns of objects, crowds apart, that `_objects` leaves out, and of words without any."""
+        if self.box_prompt_probability == 1:
+            log.warning(
+                "box_prompt_probability is 1: words alone are asked for only where they find "
+                "nothing, and will find nothing; lower it unless boxes are all that will be used"
+            )
         rows = self.split.annotations.values()
         single = sum(not entry["iscrowd"] for annotations in rows for entry in annotations)
         left_out = single - sum(len(self._objects(record)) for record in self.split.images)

@@ -6,9 +6,10 @@
                                                           geometry (1,C)
 
 What is kept is what no adapter stands in or before: the trunk where the vision encoder is frozen;
-memory and geometry where all else before the decoder is, and then, for masks, the levels on a CPU,
-which would be long at making them again, the trunk on a GPU, which makes them sooner than it could
-copy them. An image is kept in a number of views (placements) with a fixed list of prompts.
+memory and geometry where all else before the decoder is, but for prompts with boxes, which differ
+each epoch; and then, for masks, the levels on a CPU, which would be long at making them again, the
+trunk on a GPU, which makes them sooner than it could copy them. An image is kept in a number of
+views (placements) with a fixed list of prompts.
 
 The key of a view is a SHA-256 over the image file, its tile, view and prompts, the weights of the
 parts, precision and versions: what has changed is not found, and computed again. A file appears
@@ -48,8 +49,12 @@ Batch = dict[str, Any]
 View = tuple[int, int]  # index of the item, number of its placement
 
 
-def cacheable_parts(forward: Any) -> list[tuple[str, ...]]:
+def cacheable_parts(forward: Any, boxes: bool = False) -> list[tuple[str, ...]]:
     """What of a batch can be cached under a `forward.Forward`: the best choice first.
+
+    Args:
+        forward: which parts are frozen.
+        boxes: prompts come with boxes, drawn anew each epoch: what reads prompts is not kept.
 
     Returns:
         Names of `forward.CACHED`; none where the vision encoder is trained.
@@ -58,7 +63,7 @@ def cacheable_parts(forward: Any) -> list[tuple[str, ...]]:
         return []
     meta = forward.geometry_cls == "meta"
     before = ("text_encoder", "text_projection", "detr_encoder")
-    if not forward.is_frozen(*before, *(("geometry_encoder",) if meta else ())):
+    if boxes or not forward.is_frozen(*before, *(("geometry_encoder",) if meta else ())):
         return [("trunk",)]
     parts = ("memory", "geometry") if meta else ("memory",)
     if not forward.masks:
@@ -89,7 +94,7 @@ class FeatureCache:
         self.folder = folder
         self.in_ram: dict[str, dict[str, torch.Tensor]] = {}
         count = len(dataset)
-        choices = cacheable_parts(forward)
+        choices = cacheable_parts(forward, dataset.box_prompt_probability > 0)
         pooled = "memory" in choices[0]
         self.texts = [dataset.pool(i) if pooled else [] for i in range(count)]
         self.parts = self._choose(choices, dataset.views, limit_gb)

@@ -1,10 +1,11 @@
-"""Polygons, RLE and boxes as plain numbers: what makes them unusable, where they lie.
+"""Polygons, RLE and boxes as plain numbers: what makes them unusable, where they lie, and boxes as
+a hand would draw them.
 
 Nothing here decodes a mask or opens a file, so a hostile annotation costs no more than its length.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ PIXEL_LIMIT = 89_478_485
 RLE_NUMBER_LENGTH = 8
 CROSSING_LIMIT = 500  # points; each edge is held against each, so longer polygons are not searched
 FLAT = 1e-6  # pixels; a polygon whose points lie this close to a line has no area
+# A drawn box's sides move by a normal share of its own, at most by this share of the photo's: 20 of
+# SAM 3's 1008 pixels. Source: point_sampling.py of facebookresearch/sam3 @99d02f2.
+JITTER, MOST_JITTER = 0.1, 20 / 1008
+PLACES = 20  # on the background, at which `box_apart` tries a box
 MESSAGE_LENGTH = 80  # characters of a found value in a message
 
 
@@ -303,3 +308,60 @@ def crosses_itself(part: list[float]) -> bool:
     # The ends of edge j lie apart, by the line of edge i.
     parted = left & right[:, following] | right & left[:, following]
     return bool((parted & parted.T).any())
+
+
+def jitter_box(
+    bbox: Sequence[float], size: tuple[int, int], rng: np.random.Generator
+) -> list[float]:
+    """A box as a hand would draw it.
+
+    Args:
+        bbox: xywh, pixels of a photo.
+        size: (height, width) of the photo.
+        rng: gives four numbers.
+
+    Returns:
+        xywh, inside the photo: each side moved by N(0, 0.1) of the box's own side, at most by 20 of
+        1008 parts of the photo's; `bbox` where nothing would be left of it.
+    """
+    far = np.tile(size[::-1], 2)
+    corners = np.add(bbox, [0, 0, *bbox[:2]])  # xyxy
+    moves = JITTER * np.tile(bbox[2:], 2) * rng.standard_normal(4)
+    corners = (corners + moves.clip(-MOST_JITTER * far, MOST_JITTER * far)).clip(0, far)
+    left, top, right, bottom = corners.tolist()
+    if right <= left or bottom <= top:
+        return list(bbox)
+    return [left, top, right - left, bottom - top]
+
+
+def box_apart(
+    taken: Sequence[Sequence[float]],
+    others: Sequence[Sequence[float]],
+    side: Sequence[float],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+) -> list[float] | None:
+    """A box that touches none of some boxes; all are xywh in pixels of a photo.
+
+    Args:
+        taken: not to be touched.
+        others: boxes to choose from, as a hand would draw them.
+        side: (width, height) of a box on the background, where each of these touches.
+        size: (height, width) of the photo.
+        rng: of every choice.
+
+    Returns:
+        The box; None where no place was found.
+    """
+    corners = rng.random((PLACES, 2)) * (size[1] - side[0], size[0] - side[1])
+    background = [[*corner, *side] for corner in corners.tolist()]
+    for boxes in ([jitter_box(box, size, rng) for box in others], background):
+        free = [box for box in boxes if not any(_touch(box, other) for other in taken)]
+        if free:
+            return free[rng.integers(len(free))]
+    return None
+
+
+def _touch(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes (xywh) share an area."""
+    return all(a[i] < b[i] + b[i + 2] and b[i] < a[i] + a[i + 2] for i in (0, 1))

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sam3_lora.dataset import Item, PromptDataset
+from sam3_lora.dataset import BoxPrompt, Item, PromptDataset
+from sam3_lora.forward import PADDING_BOX
 from sam3_lora.images import DatasetError
 
 
@@ -27,7 +28,8 @@ def collate_fn(items: list[Item]) -> dict[str, Any]:
     Returns:
         `images` (I,3,S,S) uint8, if the items have them; lists of I: `views`, `image_ids`,
         `original_sizes`; `image_index` (B,) long, row -> image; lists of B: `texts`,
-        `category_ids`, `targets`; `box_prompts_cxcywh` and `box_prompt_labels`, None.
+        `category_ids`, `targets`; `box_prompts_cxcywh` (B,N,4) and `box_prompt_labels` (B,N), 1, 0
+        or `PADDING_BOX`, or None where no row has a box: the model is faster without.
     """
     counts = torch.tensor([len(item["texts"]) for item in items])
     images = {}
@@ -42,8 +44,19 @@ def collate_fn(items: list[Item]) -> dict[str, Any]:
         "texts": [text for item in items for text in item["texts"]],
         "category_ids": [c for item in items for c in item["category_ids"]],
         "targets": [target for item in items for target in item["targets"]],
-        "box_prompts_cxcywh": None,
-        "box_prompt_labels": None,
+        **_pad_boxes([row for item in items for row in item.get("box_prompts", ())]),
+    }
+
+
+def _pad_boxes(rows: list[list[BoxPrompt]]) -> dict[str, torch.Tensor | None]:
+    """The box prompts of B rows, each with as many as the longest has."""
+    most = max(map(len, rows), default=0)
+    if not most:
+        return {"box_prompts_cxcywh": None, "box_prompt_labels": None}
+    padded = [row + [(PADDING_BOX, [0.0] * 4)] * (most - len(row)) for row in rows]
+    return {
+        "box_prompts_cxcywh": torch.tensor([[box for _, box in row] for row in padded]),
+        "box_prompt_labels": torch.tensor([[label for label, _ in row] for row in padded]),
     }
 
 

@@ -61,6 +61,15 @@ class TrainingSection:
     prompts_per_image: int = _key(8, "most text prompts an image, absent ones included", low=1)
     out_of_domain_prompts: int = _key(1, "words from outside the data set, per image", low=0)
     prompt_pool: int | None = _key(None, "fixed prompts of an image to draw from; null: all", low=1)
+    box_prompt_probability: float = _key(
+        0.0, "chance that a present prompt comes with a box round one of its objects", low=0, high=1
+    )
+    box_prompt_text_probability: float = _key(
+        0.5, "chance that its text stays; else it is `visual`", low=0, high=1
+    )
+    box_prompt_negative_probability: float = _key(
+        0.25, "chance that it also comes with a box round none of its objects", low=0, high=1
+    )
     augment: bool = _key(True, "random resize and placement")
     flip_probability: float = _key(0.0, "chance of a horizontal flip", low=0, high=1)
     mask_loss: str = _key("full", "where masks are compared", choices=("full", "native", "points"))
