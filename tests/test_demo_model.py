@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import Sam3Model, Sam3Processor
 
-from example_usage import find
 from sam3_lora import scenes
 from sam3_lora.coco import encode_mask, mask_iou
 from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS
 from sam3_lora.evaluation import load_forward
 from sam3_lora.forward import PADDING_BOX
 from sam3_lora.model import load_model
+from sam3_lora.prediction import Prompts, find
 from sam3_lora.scenes import Scene, draw_prompt, draw_shapes, shape_prompts
 
 SHIPPED = Path(__file__).resolve().parent.parent / "demo" / "sam3_tiny"
@@ -101,6 +101,7 @@ def test_a_batch_of_scenes_has_targets_names_and_padded_boxes(pretraining, monke
         assert text not in OUT_OF_DOMAIN_WORDS or not len(target["masks"])
 
 
+@pytest.mark.scripts
 @pytest.mark.filterwarnings("ignore:.*")
 def test_pretraining_moves_every_part_and_leaves_a_folder_that_loads(
     demo_model, pretraining, monkeypatch, tmp_path
@@ -117,6 +118,7 @@ def test_pretraining_moves_every_part_and_leaves_a_folder_that_loads(
     assert moved >= {"geometry_encoder", "mask_decoder", "dot_product_scoring"}
 
 
+@pytest.mark.scripts
 def test_a_model_takes_over_what_does_not_begin_anew(demo_model, pretraining, tmp_path):
     earlier = load_model(str(demo_model.make_tiny(tmp_path / "earlier", "tiny112", seed=1)))[0]
     model = load_model(str(demo_model.make_tiny(tmp_path / "fresh", "tiny112")))[0]
@@ -138,16 +140,22 @@ def test_the_shipped_folder_loads_as_the_hub_s_would_and_is_small():
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*")) < 12e6
 
 
+@pytest.mark.scripts
 def test_the_shipped_model_finds_what_it_is_asked_for_and_nothing_else():
     forward = load_forward(str(SHIPPED), "meta", "cpu", "no")
     prompts = ["red", "circle", "striped", "blue square", "anvil"]
     right = false = objects = 0
     for seed in range(30):
         scene = draw_shapes(np.random.default_rng((7, seed)))
-        found = find(forward, scene.image, prompts)
+        asked = Prompts(prompts, [], [])
+        found, _ = find(forward, scene.image, asked, [0.5] * len(prompts), max_rows=8)
         for row, prompt in enumerate(prompts):
             wanted = [g for g, kind in enumerate(scene.kinds) if prompt in scenes.phrases(kind)]
-            rles = [r for r, own in zip(found["rles"], found["row"], strict=True) if own == row]
+            rles = [
+                r
+                for r, own in zip(found["rles"], found["category_id"] - 1, strict=True)
+                if own == row
+            ]
             truth = [encode_mask(scene.masks[g]) for g in wanted]
             hits = int((mask_iou(rles, truth) > 0.5).any(0).sum())
             right, false, objects = right + hits, false + len(rles) - hits, objects + len(truth)

@@ -180,6 +180,7 @@ def test_lines_grow_with_the_image():
     assert thickness(1200, 1600) >= 4
 
 
+@pytest.mark.scripts
 def test_curves_are_written_from_whatever_was_logged(tmp_path):
     rows = [{"step": 1, "loss": 3.0, "loss_bbox": 1.0, "lr": 1e-4, "train_iou": 0.2}]
     rows += [{"step": 2, "loss": 2.0, "loss_bbox": None, "lr": 1e-4}, {"step": 3}, {"note": "x"}]

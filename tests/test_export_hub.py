@@ -73,6 +73,9 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"errors": [], "warnings": []})
 
 
+pytestmark = pytest.mark.scripts  # a server, threads
+
+
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[Any]:
     """The server, to which the client is turned with a token."""

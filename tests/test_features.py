@@ -77,6 +77,7 @@ def train(forward, dataset, cache=None, epochs=3) -> dict[str, torch.Tensor]:
     return lora_state_dict(forward.model)
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize("where", ["ram", "disk"])
 @pytest.mark.parametrize("components", [DECODER, HEADS])
 def test_training_from_the_cache_is_the_same_to_the_last_bit(
