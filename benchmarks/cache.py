@@ -66,6 +66,7 @@ class Photos:
     files: list[Path]
     texts: list[str]
     views: int = 1
+    box_prompt_probability: float = 0.0
 
     def __len__(self) -> int:
         return len(self.files)
