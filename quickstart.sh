@@ -84,10 +84,12 @@ demo() {
     run inference.py "${adapter[@]}" --bboxes "$box" --output "$out/box.png"
     run inference.py "${adapter[@]}" --text_prompt "oil leak" --bboxes "$box" \
         --output "$out/text_and_box.png"
+    run export_sam3_lora.py peft --lora_weights "$out/best_model" --output_dir "$out/peft" --overwrite
     echo
     echo "before and after   $out/evaluation/panel.png"
     echo "loss curve         $out/curves.png"
     echo "overlays           $out/text.png $out/box.png $out/text_and_box.png"
+    echo "for stock PEFT     $out/peft"
 }
 
 case "${1:-demo}" in
