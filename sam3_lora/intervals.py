@@ -36,6 +36,8 @@ PERCENTILES = (2.5, 97.5)  # of the resamples: a 95 % interval
 RECALLS = np.linspace(0, 1, 101)  # COCO's
 CELLS_AT_ONCE = 4_000_000  # (resample, detection) pairs in one array: bounds memory, 32 MB each
 FEW_OBJECTS = 5  # of a category; a threshold chosen on fewer is flagged
+# Where the best F1 of a category is lower, no threshold helps, and a low one only lets noise in.
+USEFUL_F1 = 0.1
 
 Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]  # summary and COCO results, of one model
 
@@ -416,7 +418,8 @@ def calibrate(
         split: the ground truth; what is found on images without the category counts as false.
         results: all detections as COCO results.
         iou_type: "segm" or "bbox".
-        default: the threshold to compare with, and that of a category without an object or a hit.
+        default: the threshold to compare with, and that of a category without an object, or
+            whose F1 is below `USEFUL_F1` at every threshold.
         stored: category name -> threshold, to be measured instead of chosen.
 
     Returns:
@@ -464,6 +467,8 @@ def _best_threshold(matches: Mapping[str, np.ndarray], default: float) -> float:
     values = 2 * np.cumsum(hit) / (np.cumsum(kept) + objects)
     values[:-1][scores[:-1] == scores[1:]] = -1  # equal scores are kept together
     last = int(np.argmax(values))
+    if values[last] < USEFUL_F1:
+        return default
     return float(np.append(scores, 0.0)[last : last + 2].mean())
 
 

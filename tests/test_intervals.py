@@ -333,3 +333,13 @@ def test_what_is_made_of_each_image() -> None:
     assert rows[2]["base"] == {"F1": None, "IoU": None}
     assert rows[3]["base"] == {"F1": 0, "IoU": None}
     assert Counter(row["file_name"] for row in compared["per_image"])["3.png"] == 1
+
+
+def test_where_no_threshold_helps_the_default_stays() -> None:
+    split = a_split({1: [(1, BOX)], 2: []}, {1: "cell"})
+    noise = [detection(2, 1, 0.4, OTHER) for _ in range(30)]
+    hit = detection(1, 1, 0.1, BOX)  # F1 2 / 32 with all that scores more
+    (row,) = intervals.calibrate(split, [*noise, hit], "segm", 0.5)["per_category"]
+    assert row["threshold"] == 0.5
+    (row,) = intervals.calibrate(split, [*noise[:10], hit], "segm", 0.5)["per_category"]
+    assert row["threshold"] == pytest.approx(0.05) and row["F1_after"] == pytest.approx(2 / 12)
