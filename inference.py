@@ -381,7 +381,7 @@ def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> No
     frames = video.read_frames(clip)
     if args.tracker == "sam3":
         parts = build_tracker(forward.model.name_or_path, forward.model, forward.tokenizer)
-        tracked = video.track_sam3(*parts, forward, prompts.texts, min(thresholds), frames)
+        tracked = video.track_sam3(*parts, forward, prompts.texts, thresholds, frames)
     else:
         limits = thresholds, options.hardware.max_rows_per_forward
         tracked = video.follow(

@@ -263,7 +263,7 @@ def track_sam3(
     processor: Any,
     forward: Forward,
     texts: Sequence[str],
-    threshold: float,
+    thresholds: Sequence[float],
     frames: Iterable[Frame],
 ) -> Iterator[Tracked]:
     """Detections and identities of SAM 3's video model, which looks at frames as they come.
@@ -279,11 +279,12 @@ def track_sam3(
         processor: likewise.
         forward: the detector, in fp32; its `geometry_cls` holds here too.
         texts: prompts.
-        threshold: lowest score of a detection; a new object also needs the model's own.
+        thresholds: lowest score of each text's objects; a new one also needs the model's own.
         frames: in order, of one size.
     """
-    model.score_threshold_detection = threshold
-    model.new_det_thresh = max(model.new_det_thresh, threshold)
+    # The library has one for all prompts; objects below their own are left out of what it finds.
+    model.score_threshold_detection = min(thresholds)
+    model.new_det_thresh = max(model.new_det_thresh, min(thresholds))
     session = processor.init_video_session(inference_device=forward.device)
     forward.remember_texts(texts)
     for text in texts:
@@ -303,7 +304,7 @@ def track_sam3(
             pixels = (pixels.to(forward.device).float() - 127.5) / 127.5
             outputs = model(inference_session=session, frame=pixels, frame_idx=number)
             found = processor.postprocess_outputs(session, outputs)
-            yield frame, *_detections(session, found)
+            yield frame, *_detections(session, found, thresholds)
             _forget(session, number, model.tracker_model)
     finally:
         if handle:
@@ -319,21 +320,25 @@ def _add_padding_box(model: nn.Module, args: tuple, inputs: dict[str, Any]) -> t
     return args, inputs
 
 
-def _detections(session: Any, found: dict[str, Any]) -> tuple[Detections, list[int]]:
+def _detections(
+    session: Any, found: dict[str, Any], thresholds: Sequence[float]
+) -> tuple[Detections, list[int]]:
     """A frame's objects as detections of our own, and their identities from 1."""
     ids, rles, boxes, scores, categories = [], [], [], [], []
     for key, score, mask in zip(
         *(found[k] for k in ("object_ids", "scores", "masks")), strict=True
     ):
+        prompt = session.obj_id_to_prompt_id[int(key)]
         rle = encode_mask(mask.cpu().numpy())
         # Overlaps were divided after the processor had drawn its boxes.
-        if (box := mask_box(rle, *mask.shape)) is None:
+        box = mask_box(rle, *mask.shape)
+        if box is None or score < thresholds[prompt]:
             continue
         ids.append(int(key) + 1)
         rles.append(rle)
         boxes.append(box)
         scores.append(float(score))
-        categories.append(session.obj_id_to_prompt_id[int(key)] + 1)
+        categories.append(prompt + 1)
     columns = {"score": np.array(scores), "boxes_xyxy": np.array(boxes).reshape(-1, 4)}
     return {"category_id": np.array(categories, dtype=int), **columns, "rles": rles}, ids
 
