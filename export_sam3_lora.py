@@ -332,10 +332,14 @@ def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[s
 
 
 def read_metrics(flag: str, path: Path) -> tuple[str, dict[str, Any]]:
-    """The split's folder and the figures of an evaluation's metrics.json."""
+    """The split's folder, with how it was asked and searched where that is not as ever, and the
+    figures of an evaluation's metrics.json."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        return str(metrics["data"]), validation_figures(metrics)
+        split, asked = str(metrics["data"]), metrics.get("prompt_with", "text")
+        split += f", asked with {asked}" if asked in ("box", "both") else ""
+        split += f", tiles of {metrics['tile']:g}" if metrics.get("tile") else ""
+        return split, validation_figures(metrics)
     except (ValueError, KeyError, TypeError) as error:
         expected = "metrics.json of evaluate_sam3_lora.py"
         raise ConfigError(f"{flag}: expected {expected}, found {path} ({error!r})") from error
