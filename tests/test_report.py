@@ -354,6 +354,7 @@ def metrics() -> dict:
     )
     chosen = intervals.calibrate(split, results, "segm", 0.5)
     described = {"model": HOSTILE, "data": HOSTILE, "split": HOSTILE, "max_detections": 100}
+    described["prompt_with"] = "text"
     calibration = {**chosen, "chosen_on": HOSTILE, "stored": False}
     return {**models[1]["split"][0], **described, "report": made, "calibration": calibration}
 
@@ -364,6 +365,17 @@ def test_no_name_breaks_out_of_the_page(metrics) -> None:
     assert "script" not in page.tags and page.tags.count("img") == 3
     # Split, data, model, category, its prompt, the words, the caption.
     assert page.text.count("<script>alert('x')</script>\"&") >= 9
+
+
+def test_a_page_says_how_it_was_asked(metrics) -> None:
+    def text(**how) -> str:
+        return Page(report.build_page({**metrics, **how}, {})).text
+
+    assert "asked with their text" in text() and "tiles" not in text()
+    assert "asked with their text, in tiles of 0.6" in text(tile=0.6)
+    assert "asked with a box in place of their text" in text(prompt_with="box")
+    assert "asked with a box and their text" in text(prompt_with="both")
+    assert "asked with their text" in text(prompt_with="all")
 
 
 def test_the_verdict_says_what_moved_and_what_did_not(metrics) -> None:
