@@ -282,9 +282,9 @@ def track_sam3(
         thresholds: lowest score of each text's objects; a new one also needs the model's own.
         frames: in order, of one size.
     """
-    # The library has one for all prompts; objects below their own are left out of what it finds.
-    model.score_threshold_detection = min(thresholds)
-    model.new_det_thresh = max(model.new_det_thresh, min(thresholds))
+    lowest = min(thresholds)  # one for all prompts; `_detections` leaves out what is below its own
+    model.score_threshold_detection = lowest
+    model.new_det_thresh = max(model.new_det_thresh, lowest)
     session = processor.init_video_session(inference_device=forward.device)
     forward.remember_texts(texts)
     for text in texts:
@@ -298,9 +298,8 @@ def track_sam3(
     try:
         for number, frame in enumerate(frames):
             session.video_height, session.video_width = frame.photo.shape[:2]
-            pixels = place_on_canvas(
-                torch.from_numpy(frame.photo).permute(2, 0, 1), model_side(forward.model)
-            )
+            photo = torch.from_numpy(frame.photo).permute(2, 0, 1)
+            pixels = place_on_canvas(photo, model_side(forward.model))
             pixels = (pixels.to(forward.device).float() - 127.5) / 127.5
             outputs = model(inference_session=session, frame=pixels, frame_idx=number)
             found = processor.postprocess_outputs(session, outputs)
