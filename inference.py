@@ -365,10 +365,14 @@ def write_masks(folder: Path, found: Detections) -> None:
 def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> None:
     """Runs the prompts on the frames of a video and writes what is found."""
     if args.tracker == "sam3":
-        if args.bboxes or args.nms_iou is not None or args.tile:
+        unused = (
+            args.bboxes or args.nms_iou is not None or args.tile or options.hardware.use_compile
+        )
+        if unused:
             raise ConfigError(
-                "--bboxes, --nms_iou, --tile: --tracker sam3 takes texts alone, whole frames, and "
-                "parts overlaps itself; drop them, or use --tracker iou"
+                "--bboxes, --nms_iou, --tile, --use_compile: --tracker sam3 takes texts alone, "
+                "whole frames, parts overlaps itself, and is not compiled; drop them, or use "
+                "--tracker iou"
             )
         # The library's model has one precision for all its parts.
         options = replace(options, hardware=replace(options.hardware, mixed_precision="no"))

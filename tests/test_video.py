@@ -326,6 +326,7 @@ def bad_video(kind: str, folder: Path) -> Path:
         ("boxes", ["--bboxes", "[[9, 9, 99, 40]]"], r"expected boxes inside .*\(96 x 64 pixels\)"),
         ("sam3", ["--tracker", "sam3"], "expected SAM 3's video model, found the detector"),
         ("sam3 boxes", ["--tracker", "sam3", "--bboxes", "[[1, 1, 9, 9]]"], "takes texts alone"),
+        ("sam3 compiled", ["--tracker", "sam3", "--use_compile"], "is not compiled"),
         ("file", ["--output", "r.png"], "--output: expected a folder for a video, found r.png"),
     ],
 )
