@@ -46,6 +46,9 @@ ENTRIES = {
     "base_model": str,
     "base_fingerprint": str,
 }
+# What a file may say of its adapter.
+DESCRIPTION = {"base_model": str, "base_fingerprint": str, "geometry_cls": str, "step": int}
+DESCRIPTION |= dict.fromkeys(("categories", "metrics", "thresholds", "calibration"), dict)
 # Weights that no two SAM 3 models share and no precision casts: they tell one base from another.
 FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.reference_points.weight")
 
@@ -122,13 +125,28 @@ def read_adapter(path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: expected finite tensors, found {odd[0]} and {len(odd) - 1} more"
         )
-    thresholds, calibration = content.get("thresholds", {}), content.get("calibration", {})
-    if not (_are_thresholds(thresholds) and isinstance(calibration, dict)):
+    check_description(content, path)
+    return {**content, "lora_config": LoRAConfig(**fields)}
+
+
+def check_description(content: dict[str, Any], path: Path) -> None:
+    """Raises AdapterError where a file's entries of `DESCRIPTION` are not what is read of them."""
+    odd = {k for k, v in content.items() if not isinstance(v, DESCRIPTION.get(k, object))}
+    names = {} if "categories" in odd else content.get("categories", {})
+    if not all(isinstance(text, str) for pair in names.items() for text in pair):
+        odd.add("categories")
+    if content.get("geometry_cls", "meta") not in ("meta", "hf"):
+        odd.add("geometry_cls")
+    if not _are_thresholds(content.get("thresholds", {})):
         raise AdapterError(
             f"{path}: thresholds: expected numbers from 0 to 1 by category name, found "
-            f"{str(thresholds)[:80]}; take the adapter from its run again"
+            f"{str(content['thresholds'])[:80]}; take the adapter from its run again"
         )
-    return {**content, "lora_config": LoRAConfig(**fields)}
+    if odd:
+        raise AdapterError(
+            f"{path}: expected a description as this project writes it, found another "
+            f"{', '.join(sorted(odd))}; take the adapter from its run again"
+        )
 
 
 def _are_thresholds(values: Any) -> bool:
