@@ -147,7 +147,8 @@ def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:
     if any(path.is_relative_to(place.resolve()) for path in used):
         raise ConfigError(f"{output} holds files in use, so it is not renamed; name another place")
     names = {path.name for path in place.iterdir()} if place.is_dir() else set()
-    if overwrite and names and not (CARD in names and names & {PEFT_CONFIG, "config.json"}):
+    is_export = CARD in names and names & {PEFT_CONFIG, "config.json"}
+    if overwrite and (names or place.is_file()) and not is_export:
         raise ConfigError(f"--overwrite: expected an earlier export in {output}, found other files")
     return place
 

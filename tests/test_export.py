@@ -414,6 +414,8 @@ def test_nothing_is_lost_in_the_output(export, adapters, tmp_path) -> None:
     assert code == 2 and "--overwrite: expected an earlier export" in err
     code, _, err = export(*words[:-1], adapters)
     assert code == 2 and "holds files in use" in err
+    code, _, err = export(*words[:-1], out / "adapter_config.json", "--overwrite")
+    assert code == 2 and "--overwrite: expected an earlier export" in err
     assert list(tmp_path.glob(".*")) == []
 
 
