@@ -265,10 +265,24 @@ def load(
     adapters = read_adapters(args.lora_weights)
     texts, blends = share_out(prompts.texts, read_routes(args.route), adapters)
     check_one_way(args, options, blends)
+    if args.threshold is None:
+        check_calibration(args.tile, adapters)
     forward, routes = build_forward(args, options, adapters, blends)
     prompts = replace(prompts, texts=texts, routes=routes)
     read_texts(forward, prompts)
     return forward, prompts, choose_thresholds(args.threshold, texts, blends, adapters)
+
+
+def check_calibration(tile: float | None, adapters: dict[str, dict[str, Any]]) -> None:
+    """Warns of thresholds that were chosen on scores of another search than this one."""
+    for name, adapter in adapters.items():
+        chosen = adapter.get("calibration", {}).get("tile")
+        if adapter.get("thresholds") and chosen != tile:
+            ways = [f"--tile {share}" if share else "no --tile" for share in (chosen, tile)]
+            log.warning(
+                "%s: its thresholds were chosen with %s and scores with %s are others: calibrate "
+                "it so, or give --threshold", name, *ways
+            )  # fmt: skip
 
 
 def check_one_way(
@@ -303,7 +317,9 @@ def choose_thresholds(
     chosen, shown = [], []
     for text, weights in zip(texts, blends, strict=True):
         own = adapters[next(iter(weights))] if list(weights.values()) == [1] else {}
-        by_name, phrases = own.get("thresholds", {}), own.get("categories", {})
+        by_name = own.get("thresholds", {})
+        # The words that they were chosen with, where the file tells.
+        phrases = own.get("calibration", {}).get("prompts", own.get("categories", {}))
         stored = by_name | {phrases[name]: by_name[name] for name in by_name if name in phrases}
         chosen.append(stored.get(text, DEFAULT_THRESHOLD))
         shown.append(f"{text} {chosen[-1]:.3f}" + (" (stored)" if text in stored else ""))

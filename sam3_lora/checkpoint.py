@@ -132,9 +132,12 @@ def read_adapter(path: Path) -> dict[str, Any]:
 def check_description(content: dict[str, Any], path: Path) -> None:
     """Raises AdapterError where a file's entries of `DESCRIPTION` are not what is read of them."""
     odd = {k for k, v in content.items() if not isinstance(v, DESCRIPTION.get(k, object))}
-    names = {} if "categories" in odd else content.get("categories", {})
-    if not all(isinstance(text, str) for pair in names.items() for text in pair):
+    if not _are_texts(content.get("categories", {})):
         odd.add("categories")
+    if "calibration" not in odd and not _are_texts(
+        content.get("calibration", {}).get("prompts", {})
+    ):
+        odd.add("calibration")
     if content.get("geometry_cls", "meta") not in ("meta", "hf"):
         odd.add("geometry_cls")
     if not _are_thresholds(content.get("thresholds", {})):
@@ -147,6 +150,12 @@ def check_description(content: dict[str, Any], path: Path) -> None:
             f"{path}: expected a description as this project writes it, found another "
             f"{', '.join(sorted(odd))}; take the adapter from its run again"
         )
+
+
+def _are_texts(values: Any) -> bool:
+    """Whether values are texts by name."""
+    texts = [t for pair in values.items() for t in pair] if isinstance(values, dict) else [None]
+    return all(isinstance(text, str) for text in texts)
 
 
 def _are_thresholds(values: Any) -> bool:
@@ -163,7 +172,8 @@ def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict
     Args:
         path: as for `read_adapter`.
         thresholds: category name -> lowest score kept, 0 to 1.
-        calibration: what they were chosen on: `split`, `images`, `iou`.
+        calibration: what they were chosen on: `split`, `images`, `iou`, `tile`; and `prompts`, the
+            text that each category was asked with.
 
     Raises:
         AdapterError: no file that can be read is there.
