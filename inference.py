@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         "without it, all that is like the boxed objects is found")
     add("--threshold", type=parse_share, metavar="0..1",
         help="lowest score kept, of every prompt (default: what evaluate_sam3_lora.py --calibrate "
-        "stored for its category in the adapter, else 0.5)")
+        "stored for its category in the adapter that answers it alone, else 0.5)")
     add("--nms_iou", type=parse_share, metavar="0..1",
         help="drop a detection whose mask has a larger IoU than this with a better one of the same "
         "prompt (default: keep all)")
@@ -266,7 +266,8 @@ def load(
     texts, blends = share_out(prompts.texts, read_routes(args.route), adapters)
     check_one_way(args, options, blends)
     if args.threshold is None:
-        check_calibration(args.tile, adapters)
+        alone = {next(iter(own)) for own in blends if list(own.values()) == [1]}
+        check_calibration(args.tile, {name: adapters[name] for name in adapters if name in alone})
     forward, routes = build_forward(args, options, adapters, blends)
     prompts = replace(prompts, texts=texts, routes=routes)
     read_texts(forward, prompts)

@@ -343,6 +343,8 @@ def test_inference_keeps_what_reaches_the_stored_threshold(run, adapter, tmp_pat
     assert "red part" in err and "chosen with" not in err
     found("--tile", "0.9")
     assert "chosen with no --tile and scores with --tile 0.9" in capsys.readouterr().err
+    found("--tile", "0.9", "--route", "red_part=base", "other=base")
+    assert "chosen with" not in capsys.readouterr().err
     default = [(p, s) for p, s in everything if p == "other" and s >= 0.5]
     assert kept == sorted([*default, ("red part", red[-1])])
     assert found("--threshold", "0") == everything
