@@ -200,6 +200,8 @@ def merge(args: argparse.Namespace) -> Path:
     detector = model.detector_model if args.video else model
     checkpoint.load_adapter(args.lora_weights, detector, content)
     remove_lora(detector, keep_update=True)
+    config = model.config.detector_config if args.video else model.config
+    checkpoint.mark_merged(config, content["base_fingerprint"], content["lora"])
 
     def fill(folder: Path) -> None:
         if not save_model(model, name, folder, DTYPES[args.dtype]):

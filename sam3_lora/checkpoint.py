@@ -51,13 +51,32 @@ DESCRIPTION = {"base_model": str, "base_fingerprint": str, "geometry_cls": str, 
 DESCRIPTION |= dict.fromkeys(("categories", "metrics", "thresholds", "calibration"), dict)
 # Weights that no two SAM 3 models share and no precision casts: they tell one base from another.
 FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.reference_points.weight")
+# Of a merged model's configuration: these two weights alone do not tell it from its base.
+MERGED = "merged_adapter"
+
+
+def mark_merged(config: Any, base: str, lora: dict[str, torch.Tensor]) -> None:
+    """Writes into a merged model's configuration what was merged, so that no adapter of its base,
+    nor the same one a second time, fits it.
+
+    Args:
+        config: of the merged model.
+        base: `fingerprint` of its base.
+        lora: the adapter's tensors.
+    """
+    digest = hashlib.sha256(base.encode())
+    for name in sorted(lora):
+        digest.update(name.encode() + lora[name].numpy().tobytes())
+    setattr(config, MERGED, digest.hexdigest()[:16])
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short name for a base model's weights: 16 hex digits of a SHA-256 over two of them."""
+    """A short name for a base model's weights: 16 hex digits of a SHA-256 over two of them and, of
+    a merged model, what was merged."""
     digest = hashlib.sha256()
     for name in FINGERPRINT_WEIGHTS:
         digest.update(model.get_parameter(name).detach().float().cpu().numpy().tobytes())
+    digest.update(getattr(getattr(model, "config", None), MERGED, "").encode())
     return digest.hexdigest()[:16]
 
 

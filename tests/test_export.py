@@ -286,6 +286,10 @@ def test_video_model_holds_the_merged_detector_bit_for_bit(
     for name, tensor in weights.items():
         own = name.removeprefix("detector_model.")
         assert torch.equal(tensor, detector[own] if own != name else before[name]), name
+    # Nothing is merged twice, nor put on what it was merged into.
+    for name in ("image", "video", "alone"):
+        code, _, err = export(*words, tmp_path / "twice", "--model_name", tmp_path / name)
+        assert code == 2 and "expected the base it was trained on" in err
     for folder in ("video", "alone"):
         weights = Sam3Model.from_pretrained(tmp_path / folder).state_dict()
         assert all(torch.equal(weights[name], tensor) for name, tensor in detector.items())
