@@ -451,13 +451,13 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def _write_gif(path: Path, pictures: Sequence[Path], rate: float) -> None:
-    """Writes a GIF of at most `GIF_FRAMES` of the pictures, evenly spaced, at their rate a second;
-    it lasts as long as all of them."""
-    stride = math.ceil(len(pictures) / GIF_FRAMES)
+    """Writes a GIF of at most `GIF_FRAMES` of the pictures, evenly spaced, none shown for less than
+    `GIF_SHORTEST`, at their rate a second; it lasts as long as all of them."""
+    stride = max(math.ceil(len(pictures) / GIF_FRAMES), math.ceil(rate * GIF_SHORTEST / 1000))
     if stride > 1:
         log.info("%s: one frame in %d of %d", path, stride, len(pictures))
     first, *rest = (_small(picture) for picture in pictures[::stride])
-    duration = max(GIF_SHORTEST, round(1000 * stride / rate))
+    duration = round(1000 * stride / rate)
     options = {"save_all": True, "append_images": rest, "duration": duration, "loop": 0}
     write_atomically(path, lambda temporary: first.save(temporary, "GIF", **options))
 
