@@ -338,11 +338,14 @@ def measure_thresholds(
     return {**chosen, "stored": args.calibrate or stored is not None}
 
 
-def store_thresholds(weights: Path, chosen: dict[str, Any], images: int) -> None:
+def store_thresholds(
+    weights: Path, chosen: dict[str, Any], split: CocoSplit, tile: float | None
+) -> None:
     """Writes what `measure_thresholds` chose into the adapter."""
     thresholds = {row["name"]: row["threshold"] for row in chosen["per_category"]}
-    made = {"split": chosen["chosen_on"], "images": images, "iou": chosen["iou"]}
-    checkpoint.store_thresholds(weights, thresholds, made)
+    made = {"split": chosen["chosen_on"], "images": len(split.images), "iou": chosen["iou"]}
+    made |= {"prompts": {name: split.phrase(c) for c, name in split.categories.items()}}
+    checkpoint.store_thresholds(weights, thresholds, made | {"tile": tile})
     log.info("stored the thresholds in %s", weights)
 
 
@@ -444,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
     # 4. The files; the pictures last.
     write_files(output_dir, described, found, args.replace)
     if args.calibrate:
-        store_thresholds(args.lora_weights, described["calibration"], len(split.images))
+        store_thresholds(args.lora_weights, described["calibration"], split, args.tile)
     if compare:
         write_pictures(args, output_dir, split, described, found)
     return 0

@@ -147,7 +147,8 @@ def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:
     if any(path.is_relative_to(place.resolve()) for path in used):
         raise ConfigError(f"{output} holds files in use, so it is not renamed; name another place")
     names = {path.name for path in place.iterdir()} if place.is_dir() else set()
-    if overwrite and names and not (CARD in names and names & {PEFT_CONFIG, "config.json"}):
+    is_export = CARD in names and names & {PEFT_CONFIG, "config.json"}
+    if overwrite and (names or place.is_file()) and not is_export:
         raise ConfigError(f"--overwrite: expected an earlier export in {output}, found other files")
     return place
 
@@ -199,6 +200,8 @@ def merge(args: argparse.Namespace) -> Path:
     detector = model.detector_model if args.video else model
     checkpoint.load_adapter(args.lora_weights, detector, content)
     remove_lora(detector, keep_update=True)
+    config = model.config.detector_config if args.video else model.config
+    checkpoint.mark_merged(config, content["base_fingerprint"], content["lora"])
 
     def fill(folder: Path) -> None:
         if not save_model(model, name, folder, DTYPES[args.dtype]):
@@ -332,10 +335,14 @@ def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[s
 
 
 def read_metrics(flag: str, path: Path) -> tuple[str, dict[str, Any]]:
-    """The split's folder and the figures of an evaluation's metrics.json."""
+    """The split's folder, with how it was asked and searched where that is not as ever, and the
+    figures of an evaluation's metrics.json."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        return str(metrics["data"]), validation_figures(metrics)
+        split, asked = str(metrics["data"]), metrics.get("prompt_with", "text")
+        split += f", asked with {asked}" if asked in ("box", "both") else ""
+        split += f", tiles of {metrics['tile']:g}" if metrics.get("tile") else ""
+        return split, validation_figures(metrics)
     except (ValueError, KeyError, TypeError) as error:
         expected = "metrics.json of evaluate_sam3_lora.py"
         raise ConfigError(f"{flag}: expected {expected}, found {path} ({error!r})") from error

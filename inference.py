@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         "without it, all that is like the boxed objects is found")
     add("--threshold", type=parse_share, metavar="0..1",
         help="lowest score kept, of every prompt (default: what evaluate_sam3_lora.py --calibrate "
-        "stored for its category in the adapter, else 0.5)")
+        "stored for its category in the adapter that answers it alone, else 0.5)")
     add("--nms_iou", type=parse_share, metavar="0..1",
         help="drop a detection whose mask has a larger IoU than this with a better one of the same "
         "prompt (default: keep all)")
@@ -265,10 +265,25 @@ def load(
     adapters = read_adapters(args.lora_weights)
     texts, blends = share_out(prompts.texts, read_routes(args.route), adapters)
     check_one_way(args, options, blends)
+    if args.threshold is None:
+        alone = {next(iter(own)) for own in blends if list(own.values()) == [1]}
+        check_calibration(args.tile, {name: adapters[name] for name in adapters if name in alone})
     forward, routes = build_forward(args, options, adapters, blends)
     prompts = replace(prompts, texts=texts, routes=routes)
     read_texts(forward, prompts)
     return forward, prompts, choose_thresholds(args.threshold, texts, blends, adapters)
+
+
+def check_calibration(tile: float | None, adapters: dict[str, dict[str, Any]]) -> None:
+    """Warns of thresholds that were chosen on scores of another search than this one."""
+    for name, adapter in adapters.items():
+        chosen = adapter.get("calibration", {}).get("tile")
+        if adapter.get("thresholds") and chosen != tile:
+            ways = [f"--tile {share}" if share else "no --tile" for share in (chosen, tile)]
+            log.warning(
+                "%s: its thresholds were chosen with %s and scores with %s are others: calibrate "
+                "it so, or give --threshold", name, *ways
+            )  # fmt: skip
 
 
 def check_one_way(
@@ -303,7 +318,9 @@ def choose_thresholds(
     chosen, shown = [], []
     for text, weights in zip(texts, blends, strict=True):
         own = adapters[next(iter(weights))] if list(weights.values()) == [1] else {}
-        by_name, phrases = own.get("thresholds", {}), own.get("categories", {})
+        by_name = own.get("thresholds", {})
+        # The words that they were chosen with, where the file tells.
+        phrases = own.get("calibration", {}).get("prompts", own.get("categories", {}))
         stored = by_name | {phrases[name]: by_name[name] for name in by_name if name in phrases}
         chosen.append(stored.get(text, DEFAULT_THRESHOLD))
         shown.append(f"{text} {chosen[-1]:.3f}" + (" (stored)" if text in stored else ""))
@@ -365,10 +382,14 @@ def write_masks(folder: Path, found: Detections) -> None:
 def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> None:
     """Runs the prompts on the frames of a video and writes what is found."""
     if args.tracker == "sam3":
-        if args.bboxes or args.nms_iou is not None or args.tile:
+        unused = (
+            args.bboxes or args.nms_iou is not None or args.tile or options.hardware.use_compile
+        )
+        if unused:
             raise ConfigError(
-                "--bboxes, --nms_iou, --tile: --tracker sam3 takes texts alone, whole frames, and "
-                "parts overlaps itself; drop them, or use --tracker iou"
+                "--bboxes, --nms_iou, --tile, --use_compile: --tracker sam3 takes texts alone, "
+                "whole frames, parts overlaps itself, and is not compiled; drop them, or use "
+                "--tracker iou"
             )
         # The library's model has one precision for all its parts.
         options = replace(options, hardware=replace(options.hardware, mixed_precision="no"))
@@ -381,7 +402,7 @@ def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> No
     frames = video.read_frames(clip)
     if args.tracker == "sam3":
         parts = build_tracker(forward.model.name_or_path, forward.model, forward.tokenizer)
-        tracked = video.track_sam3(*parts, forward, prompts.texts, min(thresholds), frames)
+        tracked = video.track_sam3(*parts, forward, prompts.texts, thresholds, frames)
     else:
         limits = thresholds, options.hardware.max_rows_per_forward
         tracked = video.follow(

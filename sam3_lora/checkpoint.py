@@ -46,15 +46,37 @@ ENTRIES = {
     "base_model": str,
     "base_fingerprint": str,
 }
+# What a file may say of its adapter.
+DESCRIPTION = {"base_model": str, "base_fingerprint": str, "geometry_cls": str, "step": int}
+DESCRIPTION |= dict.fromkeys(("categories", "metrics", "thresholds", "calibration"), dict)
 # Weights that no two SAM 3 models share and no precision casts: they tell one base from another.
 FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.reference_points.weight")
+# Of a merged model's configuration: these two weights alone do not tell it from its base.
+MERGED = "merged_adapter"
+
+
+def mark_merged(config: Any, base: str, lora: dict[str, torch.Tensor]) -> None:
+    """Writes into a merged model's configuration what was merged, so that no adapter of its base,
+    nor the same one a second time, fits it.
+
+    Args:
+        config: of the merged model.
+        base: `fingerprint` of its base.
+        lora: the adapter's tensors.
+    """
+    digest = hashlib.sha256(base.encode())
+    for name in sorted(lora):
+        digest.update(name.encode() + lora[name].numpy().tobytes())
+    setattr(config, MERGED, digest.hexdigest()[:16])
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short name for a base model's weights: 16 hex digits of a SHA-256 over two of them."""
+    """A short name for a base model's weights: 16 hex digits of a SHA-256 over two of them and, of
+    a merged model, what was merged."""
     digest = hashlib.sha256()
     for name in FINGERPRINT_WEIGHTS:
         digest.update(model.get_parameter(name).detach().float().cpu().numpy().tobytes())
+    digest.update(getattr(getattr(model, "config", None), MERGED, "").encode())
     return digest.hexdigest()[:16]
 
 
@@ -122,13 +144,37 @@ def read_adapter(path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: expected finite tensors, found {odd[0]} and {len(odd) - 1} more"
         )
-    thresholds, calibration = content.get("thresholds", {}), content.get("calibration", {})
-    if not (_are_thresholds(thresholds) and isinstance(calibration, dict)):
+    check_description(content, path)
+    return {**content, "lora_config": LoRAConfig(**fields)}
+
+
+def check_description(content: dict[str, Any], path: Path) -> None:
+    """Raises AdapterError where a file's entries of `DESCRIPTION` are not what is read of them."""
+    odd = {k for k, v in content.items() if not isinstance(v, DESCRIPTION.get(k, object))}
+    if not _are_texts(content.get("categories", {})):
+        odd.add("categories")
+    if "calibration" not in odd and not _are_texts(
+        content.get("calibration", {}).get("prompts", {})
+    ):
+        odd.add("calibration")
+    if content.get("geometry_cls", "meta") not in ("meta", "hf"):
+        odd.add("geometry_cls")
+    if not _are_thresholds(content.get("thresholds", {})):
         raise AdapterError(
             f"{path}: thresholds: expected numbers from 0 to 1 by category name, found "
-            f"{str(thresholds)[:80]}; take the adapter from its run again"
+            f"{str(content['thresholds'])[:80]}; take the adapter from its run again"
         )
-    return {**content, "lora_config": LoRAConfig(**fields)}
+    if odd:
+        raise AdapterError(
+            f"{path}: expected a description as this project writes it, found another "
+            f"{', '.join(sorted(odd))}; take the adapter from its run again"
+        )
+
+
+def _are_texts(values: Any) -> bool:
+    """Whether values are texts by name."""
+    texts = [t for pair in values.items() for t in pair] if isinstance(values, dict) else [None]
+    return all(isinstance(text, str) for text in texts)
 
 
 def _are_thresholds(values: Any) -> bool:
@@ -145,7 +191,8 @@ def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict
     Args:
         path: as for `read_adapter`.
         thresholds: category name -> lowest score kept, 0 to 1.
-        calibration: what they were chosen on: `split`, `images`, `iou`.
+        calibration: what they were chosen on: `split`, `images`, `iou`, `tile`; and `prompts`, the
+            text that each category was asked with.
 
     Raises:
         AdapterError: no file that can be read is there.

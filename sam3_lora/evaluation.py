@@ -267,11 +267,11 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 
 
 def validation_figures(summary: dict[str, Any]) -> dict[str, Any]:
-    """The figures that the log keeps of a validation, on masks where there are any."""
+    """The figures that the log keeps of a validation, on masks where there are any; an evaluation
+    in tiles has no `loss` and no `iou`."""
     geometry = summary["segm"] or summary["bbox"]
     return {
-        "loss": summary["losses"]["loss"],
-        "iou": summary["losses"]["iou"],
+        **{name: summary["losses"][name] for name in ("loss", "iou") if summary["losses"]},
         "ap": geometry["AP"],
         "ap50": geometry["AP50"],
         "cgf1": summary["cgf1"]["cgF1"],

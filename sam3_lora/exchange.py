@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_layers import COMPONENTS, UNUSED_LINEARS, AdapterError, LoRAConfig, match_modules
-from sam3_lora.checkpoint import ADAPTER_FILE, FORMAT, read_adapter
+from sam3_lora.checkpoint import ADAPTER_FILE, DESCRIPTION, FORMAT, check_description, read_adapter
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
@@ -277,10 +277,14 @@ def _read_peft(folder: Path) -> Foreign:
         alphas = _patterns(config, "alpha_pattern")
         with safe_open(weights, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            told = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            told = dict(json.loads((file.metadata() or {}).get(METADATA, "{}")))
+        lora = told.pop("lora_config", None)
+        own = ("target_modules", "components")
+        selectors = tuple(tuple(map(str, lora[key])) for key in own) if lora else None
     except (ValueError, KeyError, TypeError, re.error, SafetensorError) as error:
         raise AdapterError(f"--source: {folder} is damaged: {error!r}; get a full copy") from error
     _refuse_settings(config, folder)
+    check_description(told, folder)
     pairs = _pair(tensors, PEFT_KEY, folder)
     rslora = bool(config.get("use_rslora"))
     layers = {}
@@ -297,11 +301,11 @@ def _read_peft(folder: Path) -> Foreign:
         layers[name] = (a, b, own_alpha * math.sqrt(own_rank) if rslora else own_alpha)
     targets = config.get("target_modules")
     whole = isinstance(targets, list) and not any(config.get(k) for k in PEFT_SELECTORS)
-    lora = told.pop("lora_config", None)
+    told = {key: value for key, value in told.items() if key in DESCRIPTION}
     return Foreign(
         layers,
         dropout,
-        lora and (tuple(lora["target_modules"]), tuple(lora["components"])),
+        selectors,
         tuple(targets) if whole else None,
         {"base_model": config.get("base_model_name_or_path"), "geometry_cls": "hf", **told},
     )

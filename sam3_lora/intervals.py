@@ -458,7 +458,8 @@ def _f1_of(counts: np.ndarray) -> dict[str, float | None]:
 
 def _best_threshold(matches: Mapping[str, np.ndarray], default: float) -> float:
     """The threshold with the highest F1: between the last score kept and the next, since at the
-    last one itself a little less on other images would be lost."""
+    last one itself a little less on other images would be lost. After the last of all it is known
+    down to the default alone that nothing follows: of a crowded image only the best are told."""
     hit, kept = matches["hit"][IOU_50], ~matches["ignored"][IOU_50]
     objects = matches["objects"].sum()
     if not objects or not hit.any():
@@ -469,7 +470,7 @@ def _best_threshold(matches: Mapping[str, np.ndarray], default: float) -> float:
     last = int(np.argmax(values))
     if values[last] < USEFUL_F1:
         return default
-    return float(np.append(scores, 0.0)[last : last + 2].mean())
+    return float(np.append(scores, min(scores[-1], default))[last : last + 2].mean())
 
 
 def format_thresholds(chosen: Mapping[str, Any]) -> str:

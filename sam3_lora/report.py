@@ -18,6 +18,7 @@ from PIL import Image
 from sam3_lora.coco import CocoSplit, decode_mask, read_image
 from sam3_lora.drawing import draw_overlay, to_cell
 from sam3_lora.intervals import (
+    FEW_OBJECTS,
     Evaluated,
     compare_agreement,
     compare_models,
@@ -40,6 +41,8 @@ EVERYDAY_WORDS = (
 COLORS = {"base": "#8792a2", "adapter": "#1f63cf"}
 OUT_OF_DOMAIN = "detections of out-of-domain words"
 ABSENT = "false positives on absent categories"
+# By `--prompt_with`; else with their text.
+ASKED_WITH = {"box": "a box in place of their text", "both": "a box and their text"}
 LOWER_IS_BETTER = (ABSENT, OUT_OF_DOMAIN)
 STYLE = """
 :root{color-scheme:light;--ink:#1c2430;--soft:#5d6878;--line:#e2e6eb}
@@ -308,18 +311,20 @@ def build_page(
     """The report as one HTML page.
 
     Args:
-        metrics: the adapter's summary with "model", "data", "split", "max_detections" (that
-            AP reads), "report" (`build_report`) and "calibration" (`intervals.calibrate` with
-            "chosen_on" and "stored").
+        metrics: the adapter's summary with "model", "data", "split", "prompt_with",
+            "max_detections" (that AP reads), "report" (`build_report`) and "calibration"
+            (`intervals.calibrate` with "chosen_on" and "stored"); "tile" where in tiles.
         examples: from `draw_examples`.
     """
     report, counts = metrics["report"], metrics["counts"]
     shown = _count(counts["images"], "image")
     few = f"{shown}: too few for intervals to lean on." if counts["images"] < FEW_IMAGES else ""
+    asked = f"present categories asked with {ASKED_WITH.get(metrics['prompt_with'], 'their text')}"
     facts = [
         f"model {metrics['model']}",
         f"data {metrics['data']} ({metrics['split']})",
         f"{shown}, {_count(counts['objects'], 'object')} ({counts['objects_with_mask']} masks)",
+        asked + (f", in tiles of {metrics['tile']:g}" if "tile" in metrics else ""),
     ]
     sections = [
         f'<p class="verdict">{escape(verdict(metrics).replace("->", "→"))}</p>',
@@ -378,15 +383,8 @@ def _categories_section(rows: Sequence[Mapping[str, Any]], has_masks: bool) -> s
         cells.append(
             [escape(row["name"]) + prompt, str(row["objects"]), *_both_cells(row["AP"]), *fifty]
         )
-    heads = [
-        "category",
-        "objects",
-        "AP base",
-        "AP adapter",
-        "difference",
-        "AP50 base",
-        "AP50 adapter",
-    ]
+    heads = ["category", "objects", "AP base", "AP adapter", "difference"]
+    heads += ["AP50 base", "AP50 adapter"]
     hidden = len(rows) - len(listed)
     note = (
         f'<p class="note">{hidden} categories without an object: not listed.</p>' if hidden else ""
@@ -436,12 +434,8 @@ def _forgetting_section(kept: Mapping[str, Any]) -> str:
         words = kept["words"].items()
         rows = [[escape(w), *(str(n[k]) for k in ("base", "found", "new"))] for w, n in words]
         table = _table(heads, rows) if rows else ""
-    title = (
-        "Forgetting: annotated probe"
-        if kept["kind"] == "probe"
-        else "Forgetting: agreement with the base"
-    )
-    return f'<h2>{title}</h2>\n<p class="note">{intro}</p>{table}'
+    kind = "annotated probe" if kept["kind"] == "probe" else "agreement with the base"
+    return f'<h2>Forgetting: {kind}</h2>\n<p class="note">{intro}</p>{table}'
 
 
 def _thresholds_section(chosen: Mapping[str, Any], split: str) -> str:
@@ -449,7 +443,8 @@ def _thresholds_section(chosen: Mapping[str, Any], split: str) -> str:
     known = [row for row in chosen["per_category"] if row["objects"]]
     rows = [
         [
-            escape(row["name"]) + ("<small>fewer than 5 objects</small>" if row["few"] else ""),
+            escape(row["name"])
+            + (f"<small>fewer than {FEW_OBJECTS} objects</small>" if row["few"] else ""),
             str(row["objects"]),
             _number(row["threshold"]),
             _number(row["F1_before"]),

@@ -263,7 +263,7 @@ def track_sam3(
     processor: Any,
     forward: Forward,
     texts: Sequence[str],
-    threshold: float,
+    thresholds: Sequence[float],
     frames: Iterable[Frame],
 ) -> Iterator[Tracked]:
     """Detections and identities of SAM 3's video model, which looks at frames as they come.
@@ -279,11 +279,12 @@ def track_sam3(
         processor: likewise.
         forward: the detector, in fp32; its `geometry_cls` holds here too.
         texts: prompts.
-        threshold: lowest score of a detection; a new object also needs the model's own.
+        thresholds: lowest score of each text's objects; a new one also needs the model's own.
         frames: in order, of one size.
     """
-    model.score_threshold_detection = threshold
-    model.new_det_thresh = max(model.new_det_thresh, threshold)
+    lowest = min(thresholds)  # one for all prompts; `_detections` leaves out what is below its own
+    model.score_threshold_detection = lowest
+    model.new_det_thresh = max(model.new_det_thresh, lowest)
     session = processor.init_video_session(inference_device=forward.device)
     forward.remember_texts(texts)
     for text in texts:
@@ -297,13 +298,12 @@ def track_sam3(
     try:
         for number, frame in enumerate(frames):
             session.video_height, session.video_width = frame.photo.shape[:2]
-            pixels = place_on_canvas(
-                torch.from_numpy(frame.photo).permute(2, 0, 1), model_side(forward.model)
-            )
+            photo = torch.from_numpy(frame.photo).permute(2, 0, 1)
+            pixels = place_on_canvas(photo, model_side(forward.model))
             pixels = (pixels.to(forward.device).float() - 127.5) / 127.5
             outputs = model(inference_session=session, frame=pixels, frame_idx=number)
             found = processor.postprocess_outputs(session, outputs)
-            yield frame, *_detections(session, found)
+            yield frame, *_detections(session, found, thresholds)
             _forget(session, number, model.tracker_model)
     finally:
         if handle:
@@ -319,21 +319,25 @@ def _add_padding_box(model: nn.Module, args: tuple, inputs: dict[str, Any]) -> t
     return args, inputs
 
 
-def _detections(session: Any, found: dict[str, Any]) -> tuple[Detections, list[int]]:
+def _detections(
+    session: Any, found: dict[str, Any], thresholds: Sequence[float]
+) -> tuple[Detections, list[int]]:
     """A frame's objects as detections of our own, and their identities from 1."""
     ids, rles, boxes, scores, categories = [], [], [], [], []
     for key, score, mask in zip(
         *(found[k] for k in ("object_ids", "scores", "masks")), strict=True
     ):
+        prompt = session.obj_id_to_prompt_id[int(key)]
         rle = encode_mask(mask.cpu().numpy())
         # Overlaps were divided after the processor had drawn its boxes.
-        if (box := mask_box(rle, *mask.shape)) is None:
+        box = mask_box(rle, *mask.shape)
+        if box is None or score < thresholds[prompt]:
             continue
         ids.append(int(key) + 1)
         rles.append(rle)
         boxes.append(box)
         scores.append(float(score))
-        categories.append(session.obj_id_to_prompt_id[int(key)] + 1)
+        categories.append(prompt + 1)
     columns = {"score": np.array(scores), "boxes_xyxy": np.array(boxes).reshape(-1, 4)}
     return {"category_id": np.array(categories, dtype=int), **columns, "rles": rles}, ids
 
@@ -447,13 +451,13 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def _write_gif(path: Path, pictures: Sequence[Path], rate: float) -> None:
-    """Writes a GIF of at most `GIF_FRAMES` of the pictures, evenly spaced, at their rate a second;
-    it lasts as long as all of them."""
-    stride = math.ceil(len(pictures) / GIF_FRAMES)
+    """Writes a GIF of at most `GIF_FRAMES` of the pictures, evenly spaced, none shown for less than
+    `GIF_SHORTEST`, at their rate a second; it lasts as long as all of them."""
+    stride = max(math.ceil(len(pictures) / GIF_FRAMES), math.ceil(rate * GIF_SHORTEST / 1000))
     if stride > 1:
         log.info("%s: one frame in %d of %d", path, stride, len(pictures))
     first, *rest = (_small(picture) for picture in pictures[::stride])
-    duration = max(GIF_SHORTEST, round(1000 * stride / rate))
+    duration = round(1000 * stride / rate)
     options = {"save_all": True, "append_images": rest, "duration": duration, "loop": 0}
     write_atomically(path, lambda temporary: first.save(temporary, "GIF", **options))
 

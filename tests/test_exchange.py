@@ -217,7 +217,7 @@ def exported(model, tmp_path) -> SimpleNamespace:
         content=content,
         tensors=load_file(weights),
         config=json.loads(config.read_text(encoding="utf-8")),
-        save=lambda tensors: save_file(tensors, weights, {"format": "pt"}),
+        save=lambda tensors, **more: save_file(tensors, weights, {"format": "pt", **more}),
         configure=lambda values: config.write_text(json.dumps(values), encoding="utf-8"),
     )
 
@@ -308,6 +308,30 @@ def test_peft_settings_without_a_counterpart_are_refused(exported, model, case) 
     values, message = SPOILT_CONFIG[case]
     exported.configure(exported.config | values)
     assert re.search(message, refusal(exported.folder, model))
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ([1], "is damaged"),
+        ({"lora_config": 3}, "is damaged"),
+        ({"lora_config": {"rank": 3}}, "is damaged"),
+        ({"thresholds": {"x": 7}}, "thresholds: expected numbers from 0 to 1 by category"),
+        ({"categories": ["x"]}, "found another categories"),
+        ({"categories": {"x": 1}}, "found another categories"),
+        ({"geometry_cls": "x"}, "found another geometry_cls"),
+        ({"base_model": 5, "step": "1"}, "found another base_model, step"),
+    ],
+)
+def test_a_malformed_description_is_refused(exported, model, told, message) -> None:
+    exported.save(exported.tensors, sam3_lora=json.dumps(told))
+    assert message in refusal(exported.folder, model)
+
+
+def test_a_description_cannot_stand_for_the_weights(exported) -> None:
+    exported.save(exported.tensors, sam3_lora=json.dumps({"lora": 1, "model": 2, "step": 3}))
+    told = read_source(exported.folder, None).description
+    assert told == {"base_model": "sam3", "geometry_cls": "hf", "step": 3}
 
 
 def test_other_sources_are_refused_by_name(exported, model, tmp_path) -> None:

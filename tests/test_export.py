@@ -286,6 +286,10 @@ def test_video_model_holds_the_merged_detector_bit_for_bit(
     for name, tensor in weights.items():
         own = name.removeprefix("detector_model.")
         assert torch.equal(tensor, detector[own] if own != name else before[name]), name
+    # Nothing is merged twice, nor put on what it was merged into.
+    for name in ("image", "video", "alone"):
+        code, _, err = export(*words, tmp_path / "twice", "--model_name", tmp_path / name)
+        assert code == 2 and "expected the base it was trained on" in err
     for folder in ("video", "alone"):
         weights = Sam3Model.from_pretrained(tmp_path / folder).state_dict()
         assert all(torch.equal(weights[name], tensor) for name, tensor in detector.items())
@@ -354,10 +358,11 @@ def test_the_card(exported, base, tmp_path, monkeypatch, command, cls) -> None:
     assert run_snippet(out, tmp_path, monkeypatch).startswith("tensor([")
 
 
-def write_metrics(path: Path, ap: float, split: str = "test") -> Path:
+def write_metrics(path: Path, ap: float, split: str = "test", **more) -> Path:
     content = {"data": f"data/{split}", "split": split, "losses": {"loss": 1.0, "iou": 0.8}}
     content |= {"segm": None, "bbox": {"AP": ap, "AP50": 0.9}, "cgf1": {"cgF1": None}}
-    path.write_text(json.dumps(content | {"false_positive_rate": 0.0}), encoding="utf-8")
+    content |= {"false_positive_rate": 0.0, "prompt_with": "text", **more}
+    path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -374,6 +379,16 @@ def test_measured_figures_stand_side_by_side_on_the_card(export, adapters, tmp_p
     write_metrics(tmp_path / "b.json", 0.74, "val")
     code, _, err = export(*words, *stock_words)
     assert code == 2 and "expected evaluations of one split" in err
+    tiled = {"losses": {}, "tile": 0.5}  # no tile has targets
+    write_metrics(tmp_path / "b.json", 0.74, **tiled)
+    code, _, err = export(*words, *stock_words)
+    assert code == 2 and "data/test and data/test, tiles of 0.5" in err
+    write_metrics(tmp_path / "a.json", 0.75, prompt_with="both", **tiled)
+    code, _, err = export(*words)
+    assert code == 0, err
+    _, body = read_card(tmp_path / "out")
+    assert "| as trained, test, asked with both, tiles of 0.5 |" in body
+    assert "| ap | 0.75 |" in body and "| loss |" not in body
     (tmp_path / "b.json").write_text("{}", encoding="utf-8")
     code, _, err = export(*words, *stock_words)
     assert code == 2 and "--stock_metrics: expected metrics.json of evaluate_sam3_lora.py" in err
@@ -403,6 +418,8 @@ def test_nothing_is_lost_in_the_output(export, adapters, tmp_path) -> None:
     assert code == 2 and "--overwrite: expected an earlier export" in err
     code, _, err = export(*words[:-1], adapters)
     assert code == 2 and "holds files in use" in err
+    code, _, err = export(*words[:-1], out / "adapter_config.json", "--overwrite")
+    assert code == 2 and "--overwrite: expected an earlier export" in err
     assert list(tmp_path.glob(".*")) == []
 
 

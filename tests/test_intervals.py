@@ -265,8 +265,17 @@ def test_equal_scores_are_kept_together() -> None:
     split = a_split({1: [(1, BOX)] * 1, 2: [(1, BOX)]}, {1: "x"})
     tied = [detection(1, 1, 0.4, BOX), detection(2, 1, 0.4, OTHER), detection(2, 1, 0.3, BOX)]
     (row,) = intervals.calibrate(split, tied, "segm", 0.5)["per_category"]
-    # 0.4 keeps a false one with the hit: F1 1/2; 0.3 gives 4/5, and nothing is below.
-    assert (row["threshold"], row["F1_after"]) == (0.15, pytest.approx(0.8))
+    # 0.4 keeps a false one with the hit: F1 1/2; 0.3 gives 4/5.
+    assert (row["threshold"], row["F1_after"]) == (0.3, pytest.approx(0.8))
+
+
+@pytest.mark.parametrize(("score", "expected"), [(0.9, 0.7), (0.5, 0.5), (0.4, 0.4)])
+def test_a_threshold_keeps_nothing_that_was_not_measured(score, expected) -> None:
+    # Of a crowded image, what is neither among the best nor of the default's score is not told.
+    split = a_split({1: [(1, BOX), (1, OTHER)]}, {1: "x"})
+    found = [detection(1, 1, 0.95, BOX), detection(1, 1, score, OTHER)]
+    (row,) = intervals.calibrate(split, found, "segm", 0.5)["per_category"]
+    assert (row["threshold"], row["F1_after"]) == (pytest.approx(expected), 1)
 
 
 def test_no_threshold_is_better_than_the_chosen_one() -> None:

@@ -255,7 +255,10 @@ def test_thresholds_are_stored_and_measured_elsewhere(run, adapter, tmp_path) ->
         r["name"]: r["threshold"] for r in read(tmp_path / "a")["calibration"]["per_category"]
     }
     assert after.pop("thresholds") == chosen and set(chosen) == {"red_part", "blue_part"}
-    assert after.pop("calibration") == {"split": "val", "images": 3, "iou": 0.5}
+    assert after.pop("calibration") == {
+        "split": "val", "images": 3, "iou": 0.5, "tile": None,
+        "prompts": {"red_part": "red part", "blue_part": "blue part"},
+    }  # fmt: skip
     assert after.keys() == before.keys()
     tensors = [content.pop("lora") for content in (before, after)]
     assert before == after and all(torch.equal(tensors[0][k], v) for k, v in tensors[1].items())
@@ -296,9 +299,27 @@ def test_the_threshold_of_a_prompt(caplog) -> None:
     assert "red metal cap 0.250 (stored), cup 0.750 (stored), tree 0.5" in caplog.text
     caplog.clear()
     assert inference.choose_thresholds(0.1, texts, alone, adapters) == [0.1] * 3
+    # Calibrated on what it was not trained on, or in other words.
+    adapter["calibration"] = {"prompts": {"cup": "tea cup", "bottle_cap": "cap"}}
+    texts = ["red metal cap", "cap", "tea cup"]
+    assert inference.choose_thresholds(None, texts, alone, adapters) == [0.5, 0.25, 0.75]
+    caplog.clear()
     others = [{"a": 0.5, "b": 0.5}, {"b": 1.0}, {}]  # a blend, another adapter, the base
     assert inference.choose_thresholds(None, texts, others, adapters) == [0.5] * 3
     assert caplog.text == ""
+
+
+def test_thresholds_of_another_search_are_warned_of(caplog) -> None:
+    tiled = {"thresholds": {"cup": 0.7}, "calibration": {"tile": 0.5}}
+    whole = {"thresholds": {"cup": 0.7}}
+    inference.check_calibration(0.5, {"a": tiled, "b": {}})
+    inference.check_calibration(None, {"a": whole, "b": {"thresholds": {}}})
+    assert caplog.text == ""
+    inference.check_calibration(None, {"a": tiled, "b": whole})
+    assert "a: its thresholds were chosen with --tile 0.5 and scores with no --tile" in caplog.text
+    caplog.clear()
+    inference.check_calibration(0.25, {"a": tiled, "b": whole})
+    assert [record.args[0] for record in caplog.records] == ["a", "b"]
 
 
 def test_inference_keeps_what_reaches_the_stored_threshold(run, adapter, tmp_path, capsys) -> None:
@@ -318,7 +339,12 @@ def test_inference_keeps_what_reaches_the_stored_threshold(run, adapter, tmp_pat
     assert len(red) > 1
     checkpoint.store_thresholds(adapter, {"red_part": red[-1]}, {})
     kept = found()
-    assert "red part" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "red part" in err and "chosen with" not in err
+    found("--tile", "0.9")
+    assert "chosen with no --tile and scores with --tile 0.9" in capsys.readouterr().err
+    found("--tile", "0.9", "--route", "red_part=base", "other=base")
+    assert "chosen with" not in capsys.readouterr().err
     default = [(p, s) for p, s in everything if p == "other" and s >= 0.5]
     assert kept == sorted([*default, ("red part", red[-1])])
     assert found("--threshold", "0") == everything
@@ -354,6 +380,7 @@ def metrics() -> dict:
     )
     chosen = intervals.calibrate(split, results, "segm", 0.5)
     described = {"model": HOSTILE, "data": HOSTILE, "split": HOSTILE, "max_detections": 100}
+    described["prompt_with"] = "text"
     calibration = {**chosen, "chosen_on": HOSTILE, "stored": False}
     return {**models[1]["split"][0], **described, "report": made, "calibration": calibration}
 
@@ -364,6 +391,17 @@ def test_no_name_breaks_out_of_the_page(metrics) -> None:
     assert "script" not in page.tags and page.tags.count("img") == 3
     # Split, data, model, category, its prompt, the words, the caption.
     assert page.text.count("<script>alert('x')</script>\"&") >= 9
+
+
+def test_a_page_says_how_it_was_asked(metrics) -> None:
+    def text(**how) -> str:
+        return Page(report.build_page({**metrics, **how}, {})).text
+
+    assert "asked with their text" in text() and "tiles" not in text()
+    assert "asked with their text, in tiles of 0.6" in text(tile=0.6)
+    assert "asked with a box in place of their text" in text(prompt_with="box")
+    assert "asked with a box and their text" in text(prompt_with="both")
+    assert "asked with their text" in text(prompt_with="all")
 
 
 def test_the_verdict_says_what_moved_and_what_did_not(metrics) -> None:

@@ -187,6 +187,15 @@ def tracked_squares(count: int, size: tuple[int, int]) -> list[video.Tracked]:
     return tracked
 
 
+def test_a_fast_gif_lasts_as_long_as_its_video(tmp_path):
+    pictures = [tmp_path / f"{i}.png" for i in range(10)]
+    for i, picture in enumerate(pictures):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(picture)
+    video._write_gif(tmp_path / "clip.gif", pictures, 100.0)
+    with Image.open(tmp_path / "clip.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"]) == (5, 20)
+
+
 def test_outputs_of_a_video(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(video, "GIF_FRAMES", 4)
     monkeypatch.setattr(video, "GIF_SIDE", 48)
@@ -326,6 +335,7 @@ def bad_video(kind: str, folder: Path) -> Path:
         ("boxes", ["--bboxes", "[[9, 9, 99, 40]]"], r"expected boxes inside .*\(96 x 64 pixels\)"),
         ("sam3", ["--tracker", "sam3"], "expected SAM 3's video model, found the detector"),
         ("sam3 boxes", ["--tracker", "sam3", "--bboxes", "[[1, 1, 9, 9]]"], "takes texts alone"),
+        ("sam3 compiled", ["--tracker", "sam3", "--use_compile"], "is not compiled"),
         ("file", ["--output", "r.png"], "--output: expected a folder for a video, found r.png"),
     ],
 )

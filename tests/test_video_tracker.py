@@ -118,7 +118,7 @@ def test_the_tracker_starts_from_our_detections(video_base, adapter, noise):
     best = {}
     for geometry_cls in ("meta", "hf"):
         own = replace(forward, geometry_cls=geometry_cls)
-        tracked = video.track_sam3(*parts, own, prompts.texts, 0.0, noise)
+        tracked = video.track_sam3(*parts, own, prompts.texts, [0.0, 0.0], noise)
         _, found, ids = next(tracked)
         tracked.close()
         ours, _ = find(own, noise[0].photo, prompts, [0.0, 0.0], 2)
@@ -132,6 +132,21 @@ def test_the_tracker_starts_from_our_detections(video_base, adapter, noise):
     assert abs(best["meta"] - best["hf"]) > 1e-5
 
 
+def test_the_tracker_keeps_to_the_threshold_of_each_prompt(video_base, adapter, noise):
+    forward = load_forward(str(video_base), "meta", "cpu", "no", adapter)
+    parts = build_tracker(str(video_base), forward.model, forward.tokenizer)
+
+    def run(*thresholds: float) -> list[tuple[int, float]]:
+        tracked = video.track_sam3(*parts, forward, ["cat", "x"], thresholds, noise[:2])
+        found = [found for _, found, _ in tracked]
+        return [p for f in found for p in zip(f["category_id"], f["score"], strict=True)]
+
+    everything = run(0.0, 0.0)
+    prompt = everything[0][0]
+    strict = [1.0 if prompt == number else 0.0 for number in (1, 2)]
+    assert run(*strict) == [row for row in everything if row[0] != prompt]
+
+
 def test_a_session_forgets_what_no_later_frame_reads(video_base, noise, monkeypatch):
     forward = load_forward(str(video_base), "hf", "cpu", "no")
     model, processor = build_tracker(str(video_base), forward.model, forward.tokenizer)
@@ -142,7 +157,7 @@ def test_a_session_forgets_what_no_later_frame_reads(video_base, noise, monkeypa
     )
 
     def run() -> list:
-        tracked = video.track_sam3(model, processor, forward, ["cat"], 0.0, noise)
+        tracked = video.track_sam3(model, processor, forward, ["cat"], [0.0], noise)
         return [(found["rles"], found["score"].tolist(), ids) for _, found, ids in tracked]
 
     short = run()
