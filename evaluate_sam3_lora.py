@@ -195,11 +195,13 @@ def choose_output(args: argparse.Namespace, data: Path) -> Path:
     if args.lora_weights and not args.base:
         beside = args.lora_weights if args.lora_weights.is_dir() else args.lora_weights.parent
     output_dir = args.report or args.output_dir or beside / f"evaluation_{args.split}"
+    flag = "--report" if args.report else "--output_dir"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"{flag}: expected a folder, found the file {output_dir}; name another")
     if (output_dir / "metrics.json").exists() and not args.replace:
         named = (Path(), data, args.lora_weights, args.probe_dir)
         used = [path.resolve() for path in named if path]
         if any(path.is_relative_to(output_dir.resolve()) for path in used):
-            flag = "--report" if args.report else "--output_dir"
             raise ConfigError(
                 f"{flag}: {output_dir} holds an earlier evaluation, and files in use, so it is not "
                 "renamed; name another folder, or --overwrite the evaluation"
@@ -341,8 +343,12 @@ def measure_thresholds(
 def store_thresholds(
     weights: Path, chosen: dict[str, Any], split: CocoSplit, tile: float | None
 ) -> None:
-    """Writes what `measure_thresholds` chose into the adapter."""
-    thresholds = {row["name"]: row["threshold"] for row in chosen["per_category"]}
+    """Writes what `measure_thresholds` chose into the adapter, but for categories with too few
+    objects to trust it."""
+    rows = chosen["per_category"]
+    thresholds = {row["name"]: row["threshold"] for row in rows if not row["few"]}
+    if few := [row["name"] for row in rows if row["few"]]:
+        log.warning("too few objects, no threshold stored: %s", ", ".join(few))
     made = {"split": chosen["chosen_on"], "images": len(split.images), "iou": chosen["iou"]}
     made |= {"prompts": {name: split.phrase(c) for c, name in split.categories.items()}}
     checkpoint.store_thresholds(weights, thresholds, made | {"tile": tile})
@@ -405,6 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(None)
     config = config_from_args(args)
     check_subject(args)
+    args.split = "val" if args.split == "valid" else args.split  # two names of one
     compare = args.compare or args.report is not None
     # 1. The data and where to write, before any weight loads.
     folder = split_dir(args.data_dir, args.split)

@@ -315,3 +315,10 @@ def test_the_commands_of_the_help_parse() -> None:
     assert len(commands) == 7
     for words in commands:
         evaluate_sam3_lora.build_parser().parse_args(words)
+
+
+def test_a_file_in_the_place_of_the_output_is_refused_at_once(run, adapter_file, tmp_path) -> None:
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    code, err = run("--lora_weights", adapter_file, "--output_dir", tmp_path / "out")
+    assert code == 2 and "--output_dir: expected a folder, found the file" in err
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"

@@ -351,4 +351,4 @@ def test_where_no_threshold_helps_the_default_stays() -> None:
     (row,) = intervals.calibrate(split, [*noise, hit], "segm", 0.5)["per_category"]
     assert row["threshold"] == 0.5
     (row,) = intervals.calibrate(split, [*noise[:10], hit], "segm", 0.5)["per_category"]
-    assert row["threshold"] == pytest.approx(0.05) and row["F1_after"] == pytest.approx(2 / 12)
+    assert row["threshold"] == pytest.approx(0.1) and row["F1_after"] == pytest.approx(2 / 12)

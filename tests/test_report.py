@@ -245,9 +245,15 @@ def test_what_is_refused(case, run, tmp_path, monkeypatch) -> None:
     assert err.splitlines()[-1].count("error") == 1 and not (tmp_path / "out").exists()
 
 
-def test_thresholds_are_stored_and_measured_elsewhere(run, adapter, tmp_path) -> None:
-    before = torch.load(adapter, weights_only=True)
+def test_thresholds_are_stored_and_measured_elsewhere(run, adapter, tmp_path, monkeypatch) -> None:
     words = ["--bootstrap", "0", "--score_threshold", "0.3"]
+    code, out, err = run("--calibrate", *words[2:], "--output_dir", tmp_path / "few")
+    assert code == 0 and "red_part" in out and "fewer than 5 objects" in out
+    assert "too few objects, no threshold stored: red_part, blue_part" in err
+    assert checkpoint.read_adapter(adapter)["thresholds"] == {}
+    monkeypatch.setattr(intervals, "FEW_OBJECTS", 2)
+    checkpoint.store_thresholds(adapter, {}, {})
+    before = torch.load(adapter, weights_only=True)
     code, out, err = run("--calibrate", *words[2:], "--output_dir", tmp_path / "a")
     assert code == 0, err
     after = torch.load(adapter, weights_only=True)
@@ -259,10 +265,10 @@ def test_thresholds_are_stored_and_measured_elsewhere(run, adapter, tmp_path) ->
         "split": "val", "images": 3, "iou": 0.5, "tile": None,
         "prompts": {"red_part": "red part", "blue_part": "blue part"},
     }  # fmt: skip
-    assert after.keys() == before.keys()
+    assert after.keys() == before.keys() - {"thresholds", "calibration"}
+    before = {k: before[k] for k in after}
     tensors = [content.pop("lora") for content in (before, after)]
     assert before == after and all(torch.equal(tensors[0][k], v) for k, v in tensors[1].items())
-    assert "red_part" in out and "fewer than 5 objects" in out
     # Another evaluation measures these, not new ones, and says whence they are.
     checkpoint.store_thresholds(adapter, {"red_part": 0.25}, {"split": "other"})
     assert run("--report", tmp_path / "b", *words)[0] == 0
