@@ -47,7 +47,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from lora_layers import AdapterError, remove_lora
@@ -71,13 +70,8 @@ from sam3_lora.config import (
 from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS, PromptDataset, other_words
 from sam3_lora.drawing import draw_panel
 from sam3_lora.engine import TooLargeError
-from sam3_lora.evaluation import (
-    evaluate_split,
-    load_forward,
-    resolve_model,
-    write_atomically,
-    write_json,
-)
+from sam3_lora.evaluation import evaluate_split, load_forward, resolve_model
+from sam3_lora.files import write_json, write_picture, write_text
 from sam3_lora.forward import Forward
 from sam3_lora.intervals import Evaluated, calibrate, format_thresholds
 from sam3_lora.loader import build_loader, epoch_batches
@@ -391,15 +385,11 @@ def write_pictures(
 ) -> None:
     """Draws base beside adapter, and with --report the page; photos are read again."""
     models, threshold = [found[name] for name in FOUND[::-1]], metrics["score_threshold"]
-    save = Image.fromarray(draw_comparison(split, *models, threshold)).save
-    write_atomically(output_dir / "panel.png", lambda path: save(path, "PNG"))
+    write_picture(output_dir / "panel.png", draw_comparison(split, *models, threshold))
     log.info("wrote %s", output_dir / "panel.png")
     if args.report:
         examples = draw_examples(split, *models, metrics["report"]["per_image"], threshold)
-        text = build_page(metrics, examples)
-        write_atomically(
-            output_dir / "report.html", lambda path: path.write_text(text, encoding="utf-8")
-        )
+        write_text(output_dir / "report.html", build_page(metrics, examples))
         log.info("wrote %s", output_dir / "report.html")
         sys.stdout.write("\n" + verdict(metrics) + "\n")
 

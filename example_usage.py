@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from lora_layers import LoRAConfig, apply_lora, count_parameters
 from sam3_lora import checkpoint, engine
@@ -21,7 +20,8 @@ from sam3_lora.coco import DatasetError, decode_mask, read_image, read_split
 from sam3_lora.config import FlagParser, user_errors
 from sam3_lora.dataset import PromptDataset
 from sam3_lora.drawing import draw_curves, draw_overlay
-from sam3_lora.evaluation import load_forward, write_atomically
+from sam3_lora.evaluation import load_forward
+from sam3_lora.files import write_picture
 from sam3_lora.forward import Forward
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
@@ -84,7 +84,7 @@ def show(adapter: Path, data: Path, picture: Path) -> None:
     labels = [f"{prompts[r]} {s:.2f}" for r, s in zip(rows, found["score"], strict=True)]
     masks = [decode_mask(rle, *photo.shape[:2]).astype(bool) for rle in found["rles"]]
     overlay = draw_overlay(photo, masks, found["boxes_xyxy"], labels, rows)
-    write_atomically(picture, lambda path: Image.fromarray(overlay).save(path, "PNG"))
+    write_picture(picture, overlay)
     sys.stdout.write(f"found: {', '.join(labels) or 'nothing'}\n")
 
 

@@ -53,7 +53,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lora_layers import AdapterError
 from sam3_lora import coco, config, video
@@ -61,12 +60,8 @@ from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter, set_aside
 from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
 from sam3_lora.drawing import draw_overlay
-from sam3_lora.evaluation import (
-    Detections,
-    load_forward,
-    write_atomically,
-    write_json,
-)
+from sam3_lora.evaluation import Detections, load_forward
+from sam3_lora.files import write_json, write_picture
 from sam3_lora.forward import Forward
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import ModelError, build_tracker
@@ -347,12 +342,6 @@ def answer(
     return found, best
 
 
-def write_image(path: Path, pixels: np.ndarray) -> None:
-    """Writes uint8 pixels in the format of the suffix."""
-    form = Image.registered_extensions()[path.suffix.lower()]
-    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, form))
-
-
 def write_overlay(path: Path, photo: np.ndarray, found: Detections, prompts: Prompts) -> None:
     """Draws the detections over the image, a colour a prompt."""
     colors = [category_id - 1 for category_id in found["category_id"].tolist()]
@@ -367,7 +356,7 @@ def write_overlay(path: Path, photo: np.ndarray, found: Detections, prompts: Pro
         prompts.boxes_xyxy,
         prompts.labels,
     )
-    write_image(path, overlay)
+    write_picture(path, overlay)
 
 
 def write_masks(folder: Path, found: Detections) -> None:
@@ -376,7 +365,7 @@ def write_masks(folder: Path, found: Detections) -> None:
         log.warning("%s held earlier masks: renamed to %s", folder, moved)
     for number, rle in enumerate(found["rles"], start=1):
         mask = coco.decode_mask(rle, *rle["size"])
-        write_image(folder / f"{number:03d}.png", mask.astype(np.uint8) * 255)
+        write_picture(folder / f"{number:03d}.png", mask.astype(np.uint8) * 255)
 
 
 def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> None:

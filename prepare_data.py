@@ -41,7 +41,7 @@ from sam3_lora.coco import (
     write_splits,
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
-from sam3_lora.drawing import save_picture
+from sam3_lora.files import write_picture
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.overview import divide_names, fault_report, json_report, preview, summary
@@ -421,7 +421,7 @@ def validate(args: argparse.Namespace) -> int:
         if split is None:
             reason = "its annotations cannot be read: mend the errors above first"
             raise DatasetError(f"expected a split to draw in {annotations_file}, {reason}")
-        save_picture(preview(split), args.preview)
+        write_picture(args.preview, preview(split))
         logger.info("preview: %s", args.preview)
     return 2 if any(fault.level == "error" for fault in faults) else 0
 

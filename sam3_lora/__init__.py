@@ -26,6 +26,7 @@ evaluation  outputs to detections, a split to its metrics; a model ready to run
 prediction  prompts on a photo: texts and boxes to detections; their routes over adapters
 prompts     what a user asks on the command line: texts, boxes, routes
 video       frames: detections that keep an identity, overlays, a GIF
+files       writing files: whole or not at all
 checkpoint  the adapter file and the resume state
 runlog      where a run's figures go: log, table, curves, TensorBoard, Weights & Biases
 exchange    adapters in PEFT's format and with Meta's names, to and from ours

@@ -31,6 +31,7 @@ from lora_layers import (
     lora_state_dict,
     remove_lora,
 )
+from sam3_lora.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -438,14 +439,13 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    """Writes beside the target, flushes to disk, then renames over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    """Writes a file, whole or not at all, and on the disk."""
+
+    def save(place: Path) -> None:
+        with place.open("wb") as stream:  # given a path, torch writes its name into the file
+            torch.save(content, stream)
+
+    write_atomically(path, save, durable=True)
 
 
 def _read(path: Path) -> Any:

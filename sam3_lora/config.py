@@ -10,7 +10,6 @@ import difflib
 import functools
 import logging
 import math
-import os
 import re
 import sys
 import traceback
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 import yaml
 
 from lora_layers import COMPONENTS, LoRAConfig
+from sam3_lora.files import write_text
 from sam3_lora.options import KEYS, SECTIONS, Config, Key
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -242,13 +242,8 @@ def save_config(config: Config, path: Path) -> None:
         config: The resolved configuration.
         path: The file; it appears whole or not at all.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        yaml.safe_dump(plain_config(config), stream, sort_keys=False, allow_unicode=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    text = yaml.safe_dump(plain_config(config), sort_keys=False, allow_unicode=True)
+    write_text(path, text, durable=True)
 
 
 def lora_config(config: Config) -> LoRAConfig:

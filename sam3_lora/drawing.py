@@ -5,7 +5,6 @@ size, so that a thumbnail and a 20-megapixel photo read alike.
 """
 
 import math
-import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from sam3_lora.files import write_atomically
 
 # One colour a prompt; neighbours differ in hue and in lightness.
 PALETTE = (
@@ -389,14 +390,6 @@ def _draw_bar(
         )
 
 
-def save_picture(picture: np.ndarray, path: Path) -> None:
-    """Writes a picture, uint8 (H, W, 3), as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(picture).save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
 def draw_curves(log_rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Draws loss, loss terms, learning rate and quality over the steps, and saves the picture.
 
@@ -491,8 +484,6 @@ def _finite(value: Any) -> bool:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Writes a figure under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=110)
-    os.replace(temporary, path)
+    """Writes a figure, whole or not at all."""
+    form = path.suffix.lstrip(".") or "png"
+    write_atomically(path, lambda place: figure.savefig(place, format=form, dpi=110))

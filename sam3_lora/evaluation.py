@@ -7,11 +7,9 @@ Also what the scripts that run a trained model share: which base, loading it, wr
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -247,23 +245,6 @@ def _add_chunk(
         own_categories = [categories[row] for row in own]
         earlier = found.get(image_id)
         found[image_id] = detect_more(earlier, chunk["outputs"], own, own_categories, size, *limits)
-
-
-def write_atomically(path: Path, save: Callable[[Path], Any]) -> None:
-    """Has `save` write a file beside the target, and renames that over it; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    """Writes a JSON file, whole or not at all."""
-    text = json.dumps(content, ensure_ascii=False, indent=indent)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def validation_figures(summary: dict[str, Any]) -> dict[str, Any]:

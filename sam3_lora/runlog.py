@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from sam3_lora.drawing import draw_curves, save_picture
+from sam3_lora.drawing import draw_curves
+from sam3_lora.files import write_picture, write_text
 
 LOG_FILE = "log.jsonl"
 TABLE_FILE = "metrics.csv"
@@ -91,7 +92,7 @@ class RunLog:
     ) -> None:
         self.folder = folder
         self.rows = _kept_rows(folder / LOG_FILE, step, evaluated)
-        _replace(folder / LOG_FILE, "".join(map(_line, self.rows)))
+        write_text(folder / LOG_FILE, "".join(map(_line, self.rows)))
         self._write_table()
         self._events = self._wandb = None
         if tensorboard:
@@ -123,7 +124,7 @@ class RunLog:
         draw_curves(self.rows, self.folder / "curves.png")
         if panel is None:
             return
-        save_picture(panel, self.folder / "val_panel.png")
+        write_picture(self.folder / "val_panel.png", panel)
         if self._events:
             self._events.add_image("val/panel", panel, step, dataformats="HWC")
             self._events.flush()
@@ -143,7 +144,7 @@ class RunLog:
         names = (name for row in self.rows for name in flat_figures(row))
         self._columns = list(dict.fromkeys(("step", *names)))
         header = ",".join(self._columns) + "\n"
-        _replace(self.folder / TABLE_FILE, header + self._table(self.rows))
+        write_text(self.folder / TABLE_FILE, header + self._table(self.rows))
 
     def _table(self, rows: list[dict[str, Any]]) -> str:
         """Rows as lines of the table; what a row has not, or is undefined, is empty."""
@@ -178,18 +179,11 @@ def _append(path: Path, line: str) -> None:
         file.write(line)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-
-
 def _open_wandb(folder: Path, settings: dict[str, Any] | None) -> Any:
     """Begins a run of Weights & Biases, or goes on with the one whose id the folder holds."""
     wandb, id_file = importlib.import_module("wandb"), folder / WANDB_ID_FILE
     if not id_file.exists():
-        _replace(id_file, secrets.token_hex(8))
+        write_text(id_file, secrets.token_hex(8))
     try:
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "sam3-lora"),

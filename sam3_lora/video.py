@@ -30,7 +30,8 @@ from sam3_lora.checkpoint import set_aside
 from sam3_lora.coco import decode_mask, encode_mask, mask_iou, progress
 from sam3_lora.dataset import place_on_canvas
 from sam3_lora.drawing import draw_overlay
-from sam3_lora.evaluation import Detections, write_atomically
+from sam3_lora.evaluation import Detections
+from sam3_lora.files import write_atomically, write_picture
 from sam3_lora.forward import PADDING_BOX, Forward
 from sam3_lora.geometry import mask_box
 from sam3_lora.images import IMAGE_SUFFIXES, DatasetError, image_size, read_image
@@ -407,7 +408,7 @@ def write_video(
             for frame, found, ids in progress(tracked, "frames", clip.total):
                 name = f"{len(pictures) + 1:05d}"
                 pictures.append(outputs.frames / f"{name}.png")
-                _write_png(pictures[-1], _draw(frame.photo, found, ids, prompts))
+                write_picture(pictures[-1], _draw(frame.photo, found, ids, prompts))
                 if write_masks:
                     write_masks(outputs.masks / name, found)
                 for row in _rows(len(pictures), frame, found, ids, prompts.texts):
@@ -443,11 +444,6 @@ def _draw(photo: np.ndarray, found: Detections, ids: Sequence[int], prompts: Pro
         prompts.boxes_xyxy,
         prompts.labels,
     )
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    """Writes uint8 pixels."""
-    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary, "PNG"))
 
 
 def _write_gif(path: Path, pictures: Sequence[Path], rate: float) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3_lora import drawing
+from sam3_lora import drawing, files
 from sam3_lora.drawing import (
     BOX_PROMPT_COLORS,
     MASK_OPACITY,
@@ -258,7 +258,7 @@ def test_sheet(count, tmp_path):
     width = drawing.BAR_SIZE[1]
     assert drawn == [width, width / 10, 0]
     assert (sheet[-1] == 255).all() and (sheet[:, -1] == 255).all()
-    drawing.save_picture(sheet, tmp_path / "new" / "sheet.png")
+    files.write_picture(tmp_path / "new" / "sheet.png", sheet)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
     with Image.open(tmp_path / "new" / "sheet.png") as saved:
         assert np.array_equal(np.asarray(saved), sheet)

@@ -190,21 +190,6 @@ def test_the_model_is_that_of_flags_adapter_and_config(case, caplog) -> None:
     assert [record.getMessage() for record in caplog.records] == ([warning] if warning else [])
 
 
-def test_a_write_that_fails_leaves_the_earlier_file(tmp_path) -> None:
-    target = tmp_path / "new" / "a.json"
-    evaluation.write_json(target, {"é": None})
-    assert json.loads(target.read_text(encoding="utf-8")) == {"é": None}
-
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        evaluation.write_atomically(target, fail)
-    assert json.loads(target.read_text(encoding="utf-8")) == {"é": None}
-    assert [path.name for path in target.parent.iterdir()] == ["a.json"]
-
-
 @pytest.fixture(scope="module")
 def data_dir(write_source, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("evaluated")

@@ -422,14 +422,6 @@ def test_a_folder_of_images_needs_a_folder(run, photo, tmp_path) -> None:
     assert code == 2 and "expected a folder for a folder of images" in err
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".bmp", ".tiff"])
-def test_the_overlay_takes_the_format_of_its_suffix(tmp_path, suffix) -> None:
-    inference.write_image(tmp_path / f"r{suffix}", np.zeros((4, 6, 3), dtype=np.uint8))
-    with Image.open(tmp_path / f"r{suffix}") as image:
-        assert image.size == (6, 4) and image.format != "PNG"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_help_says_what_a_box_does(capsys) -> None:
     assert inference.main(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
