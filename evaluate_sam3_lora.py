@@ -79,6 +79,7 @@ from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.metrics import format_comparison, format_summary
 from sam3_lora.model import ModelError, image_size, num_queries
 from sam3_lora.prediction import evaluate_tiles
+from sam3_lora.prompts import add_tile_flag, parse_count
 from sam3_lora.report import (
     EVERYDAY_WORDS,
     PANEL_TITLES,
@@ -89,7 +90,6 @@ from sam3_lora.report import (
     list_objects,
     verdict,
 )
-from sam3_lora.tiles import add_tile_flag
 
 log = logging.getLogger("evaluate")
 
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also evaluate the base without the adapter, and draw both beside the truth")
     add("--report", type=Path, metavar="DIR",
         help="as --compare, into DIR, with a page: intervals, forgetting, thresholds, pictures")
-    add("--bootstrap", type=parse_count, metavar="N",
+    add("--bootstrap", type=partial(parse_count, least=0), metavar="N",
         help=f"--report: resamples of the intervals, 0 for none (default: {BOOTSTRAP})")
     add("--probe_dir", type=Path, metavar="DIR",
         help="--report: data folder with other concepts, to see whether the adapter forgot them")
@@ -137,13 +137,6 @@ def build_parser() -> argparse.ArgumentParser:
     sections = ("model", "evaluation", "hardware")
     add_config_flags(parser, sections, without=("best_metric", "gradient_checkpointing"))
     return parser
-
-
-def parse_count(text: str) -> int:
-    """A whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, found {text!r}")
-    return int(text)
 
 
 def check_subject(args: argparse.Namespace) -> None:

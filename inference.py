@@ -78,6 +78,7 @@ from sam3_lora.prediction import (
     suppress,
 )
 from sam3_lora.prompts import (
+    add_tile_flag,
     box_problems,
     parse_boxes,
     parse_count,
@@ -87,7 +88,6 @@ from sam3_lora.prompts import (
     read_prompts,
     read_routes,
 )
-from sam3_lora.tiles import add_tile_flag
 
 log = logging.getLogger("inference")
 

@@ -410,7 +410,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
         "misshapen": misshapen,
     }
     if any(faults.values()):
-        parts = [f"{len(v)} {k} ({_some(v)})" for k, v in faults.items() if v]
+        parts = [f"{len(v)} {k} ({some_names(v)})" for k, v in faults.items() if v]
         raise AdapterError(f"the adapter does not fit the model: {'; '.join(parts)}")
     merged = [name for name, module in lora_modules(model) if module.merged]
     if merged:
@@ -453,7 +453,7 @@ def blend_lora(
     return LoRAConfig(rank, float(rank), 0.0, tuple(layers), components), blend
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def some_names(names: list[str], most: int = 3) -> str:
     """The first few of a list of names."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 

@@ -25,7 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_layers import COMPONENTS, UNUSED_LINEARS, AdapterError, LoRAConfig, match_modules
+from lora_layers import (
+    COMPONENTS,
+    UNUSED_LINEARS,
+    AdapterError,
+    LoRAConfig,
+    match_modules,
+    some_names,
+)
 from sam3_lora.checkpoint import ADAPTER_FILE, DESCRIPTION, FORMAT, check_description, read_adapter
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -54,8 +61,6 @@ SAM31_KEYS = ("propagation_convs", "interactive_convs", "multiplex")
 LOAD_INSTEAD = (
     "name the adapter with --source, and facebook/sam3 (transformers weights) as its base"
 )
-# Names of a kind in a message.
-SHOWN = 3
 
 # `#` stands for a layer's number. Source: the modules of facebookresearch/sam3 beside those that
 # the library's conversion script, transformers models/sam3/convert_sam3_to_hf.py, makes of them.
@@ -170,7 +175,9 @@ def write_peft(folder: Path, content: Mapping[str, Any], base: str) -> None:
     pairs = _pair(content["lora"], OUR_KEY, "the adapter")
     odd = [n for n, (a, b) in pairs.items() if (a.shape[0], b.shape[1]) != (lora.rank, lora.rank)]
     if odd:
-        raise AdapterError(f"the adapter: expected rank {lora.rank}, found others in {_some(odd)}")
+        raise AdapterError(
+            f"the adapter: expected rank {lora.rank}, found others in {some_names(odd)}"
+        )
     told = {k: v for k, v in content.items() if k not in ("format", "version", "lora")}
     told |= {"base_model": base, "lora_config": vars(lora)}
     tensors = {}
@@ -268,7 +275,7 @@ def _read_peft(folder: Path) -> Foreign:
             hint = "adapter_model.bin can hold code: save it anew with safe_serialization=True"
         raise AdapterError(
             f"--source: expected {PEFT_CONFIG} and {PEFT_WEIGHTS}, or {ADAPTER_FILE}, in {folder}; "
-            f"found {_some(sorted(p.name for p in folder.iterdir())) or 'no file'}; {hint}"
+            f"found {some_names(sorted(p.name for p in folder.iterdir())) or 'no file'}; {hint}"
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -353,7 +360,7 @@ def _read_meta(content: Any, source: Path, alpha: float | None) -> Foreign:
     if unknown:
         raise AdapterError(
             f"--source: {source}: {len(unknown)} layers have no counterpart among the Linear "
-            f"layers of Sam3Model: {_some(unknown)}; train without them"
+            f"layers of Sam3Model: {some_names(unknown)}; train without them"
         )
     layers = {}
     for meta_name, (a, b) in pairs.items():
@@ -362,7 +369,7 @@ def _read_meta(content: Any, source: Path, alpha: float | None) -> Foreign:
             found = f"found {b.shape[0]} outputs in {meta_name}"
             raise AdapterError(f"--source: {source}: expected thirds of a fused layer, {found}")
         if twice := [name for name in names if name in layers]:
-            found = f"found {_some(twice)} in {meta_name} and in another"
+            found = f"found {some_names(twice)} in {meta_name} and in another"
             raise AdapterError(f"--source: {source}: expected each layer once, {found}")
         parts = zip(names, b.chunk(len(names)), strict=True)
         layers |= {name: (a, part, alpha) for name, part in parts}
@@ -480,11 +487,8 @@ def _check_layers(
 
 def _raise_faults(subject: str, faults: Mapping[str, list[str]]) -> None:
     """Raises AdapterError that counts each kind of fault and shows its first ones."""
-    parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in faults.items() if names]
+    parts = [
+        f"{len(names)} {kind} ({some_names(names)})" for kind, names in faults.items() if names
+    ]
     if parts:
         raise AdapterError(f"{subject}: expected a LoRA adapter for it, found {'; '.join(parts)}")
-
-
-def _some(names: list[str]) -> str:
-    """The first few of a list of names."""
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

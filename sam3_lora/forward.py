@@ -146,8 +146,7 @@ class Forward:
             (I,h,w,D), h = w = S / 14, in the dtype of the tower's weights.
         """
         backbone = self.model.vision_encoder.backbone
-        # Mean and std 0.5 on 0..1, as the image processor's: 0..255 becomes -1..1.
-        pixels = (images.float() - 127.5) / 127.5
+        pixels = normalize(images)
         hidden = backbone.embeddings(pixels.to(backbone.layer_norm.weight.dtype))  # (I, h*w, D)
         hidden = backbone.layer_norm(hidden.unflatten(1, self.grid))
         for layer in backbone.layers:
@@ -458,6 +457,11 @@ class Forward:
         query_pos = decoder.ref_point_head(decoder.position_encoding.encode_boxes(reference))
         bias = decoder._get_rpb_matrix(reference, self.grid)
         return F.pad(query_pos, (0, 0, 1, 0)), F.pad(bias, (0, 0, 1, 0))
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """Pixels 0 to 255 as -1 to 1, fp32: mean and std 0.5, as the image processor's."""
+    return (images.float() - 127.5) / 127.5
 
 
 def predict_masks(outputs: Outputs, row: int, queries: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,7 @@ def draw_objects(
         mask = decode_mask(item["segmentation"], image["height"], image["width"])
         return np.asarray(Image.fromarray(mask).resize((width, height)))
 
-    boxes = np.array([item["bbox"] for item in items]).reshape(-1, 4)
+    boxes = np.array([item["bbox"] for item in items], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     boxes *= np.array([width / image["width"], height / image["height"]] * 2)
     return draw_overlay(

@@ -18,6 +18,7 @@ import numpy as np
 from sam3_lora.config import ConfigError
 from sam3_lora.forward import VISUAL_PROMPT
 from sam3_lora.prediction import Prompts
+from sam3_lora.tiles import LEAST_SHARE
 
 # The largest weight of an adapter in a blend; minus it is the smallest.
 MAX_WEIGHT = 10
@@ -96,10 +97,31 @@ def parse_share(text: str) -> float:
     return value
 
 
-def parse_count(text: str) -> int:
-    """A whole number from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, found {text!r}")
+def parse_tile(text: str) -> float:
+    """The value of --tile: a share of a photo's side, less than all of it."""
+    value = parse_share(text)
+    if not LEAST_SHARE <= value < 1:
+        expected = f"expected a number from {LEAST_SHARE} to less than 1, such as 0.5"
+        raise argparse.ArgumentTypeError(f"{expected}, found {text!r}")
+    return value
+
+
+def add_tile_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --tile to a script that runs a trained model."""
+    parser.add_argument(
+        "--tile",
+        type=parse_tile,
+        metavar="SHARE",
+        help="for large or crowded photos: also run overlapping tiles of each, whose sides are at "
+        "most this share of the photo's, and merge what is found; 0.6 makes 2 x 2 tiles, 0.5 3 x "
+        "3, 0.25 5 x 5, and each takes the time of a photo (default: the whole photo alone)",
+    )
+
+
+def parse_count(text: str, least: int = 1) -> int:
+    """A whole number from `least` up."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, found {text!r}")
     return int(text)
 
 

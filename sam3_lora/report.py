@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3_lora.coco import CocoSplit, decode_mask, read_image
-from sam3_lora.drawing import draw_overlay, to_cell
+from sam3_lora.coco import CocoSplit, read_image
+from sam3_lora.drawing import to_cell
 from sam3_lora.intervals import (
     FEW_OBJECTS,
     Evaluated,
@@ -26,6 +26,7 @@ from sam3_lora.intervals import (
     draw_weights,
     rank_images,
 )
+from sam3_lora.overview import draw_objects
 
 PANEL_TITLES = ("annotation", "base model", "adapter")
 EXAMPLES = 4  # images in each of the two lists, best and worst
@@ -160,29 +161,9 @@ def draw_rows(
     colors = {category_id: k for k, category_id in enumerate(shown)}
     pictures = []
     for image, own in zip(images, columns, strict=True):
-        photo = read_image(split.image_path(image))
-        pictures.append([draw_cell(photo, rows, split, colors) for rows in own])
+        photo = to_cell(read_image(split.image_path(image)))
+        pictures.append([draw_objects(photo, rows, image, split, colors) for rows in own])
     return pictures, colors
-
-
-def draw_cell(
-    photo: np.ndarray, rows: list[dict[str, Any]], split: CocoSplit, colors: dict[int, int]
-) -> np.ndarray:
-    """Annotations or COCO results over their photo, scaled before, so that tags stay readable."""
-    size = photo.shape[:2]
-    cell = to_cell(photo)
-    scale = np.divide(cell.shape[1::-1], size[::-1])  # of x and y
-    corners = np.array([row["bbox"] for row in rows]).reshape(-1, 2, 2).cumsum(axis=1)
-    segmentations = [row.get("segmentation") for row in rows]
-    masks = (to_cell(decode_mask(s, *size) if s else np.zeros(size, bool)) for s in segmentations)
-    scores = [f" {row['score']:.2f}" if "score" in row else "" for row in rows]
-    return draw_overlay(
-        cell,
-        masks if any(segmentations) else None,
-        (corners * scale).reshape(-1, 4),
-        [split.phrase(row["category_id"]) + s for row, s in zip(rows, scores, strict=True)],
-        [colors[row["category_id"]] for row in rows],
-    )
 
 
 def draw_examples(

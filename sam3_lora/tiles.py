@@ -9,7 +9,6 @@ are views, and what they show twice is merged.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -97,30 +96,6 @@ def touches(bbox: Sequence[float], tile: Window) -> bool:
     """Whether any part of a box (xywh, pixels of the photo) is in a tile."""
     x, y, w, h = bbox
     return x < tile[2] and y < tile[3] and x + w > tile[0] and y + h > tile[1]
-
-
-def add_tile_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds --tile to a script that runs a trained model."""
-    parser.add_argument(
-        "--tile",
-        type=_parse_share,
-        metavar="SHARE",
-        help="for large or crowded photos: also run overlapping tiles of each, whose sides are at "
-        "most this share of the photo's, and merge what is found; 0.6 makes 2 x 2 tiles, 0.5 3 x "
-        "3, 0.25 5 x 5, and each takes the time of a photo (default: the whole photo alone)",
-    )
-
-
-def _parse_share(text: str) -> float:
-    """A share of a photo's side, less than all of it."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not LEAST_SHARE <= value < 1:
-        expected = f"expected a number from {LEAST_SHARE} to less than 1, such as 0.5"
-        raise argparse.ArgumentTypeError(f"{expected}, found {text!r}")
-    return value
 
 
 def view_windows(width: int, height: int, share: float) -> list[Window]:

@@ -32,7 +32,7 @@ from sam3_lora.dataset import place_on_canvas
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import Detections
 from sam3_lora.files import write_atomically, write_picture
-from sam3_lora.forward import PADDING_BOX, Forward
+from sam3_lora.forward import PADDING_BOX, Forward, normalize
 from sam3_lora.geometry import mask_box
 from sam3_lora.images import IMAGE_SUFFIXES, DatasetError, image_size, read_image
 from sam3_lora.metrics import coco_results
@@ -301,7 +301,7 @@ def track_sam3(
             session.video_height, session.video_width = frame.photo.shape[:2]
             photo = torch.from_numpy(frame.photo).permute(2, 0, 1)
             pixels = place_on_canvas(photo, model_side(forward.model))
-            pixels = (pixels.to(forward.device).float() - 127.5) / 127.5
+            pixels = normalize(pixels.to(forward.device))
             outputs = model(inference_session=session, frame=pixels, frame_idx=number)
             found = processor.postprocess_outputs(session, outputs)
             yield frame, *_detections(session, found, thresholds)

@@ -43,10 +43,10 @@ MAY_IMPORT = {
     "memory": {"forward", "lora_layers", "losses", "model"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
     | {"metrics", "model", "tiles"},
-    "prompts": {"config", "forward", "prediction"},
+    "prompts": {"config", "forward", "prediction", "tiles"},
     "exchange": {"checkpoint", "lora_layers"},
     "intervals": {"coco", "metrics"},
-    "report": {"coco", "drawing", "intervals", "metrics"},
+    "report": {"coco", "drawing", "intervals", "overview"},
     "drawing": {"files"},
     "runlog": {"drawing", "files"},
     "video": {"checkpoint", "coco", "dataset", "drawing", "evaluation", "files", "forward"}

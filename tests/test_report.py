@@ -230,7 +230,7 @@ REFUSED = {
         ["--report", "out", "--probe_split", "val"],
         "--probe_split: expected with --probe_dir",
     ),
-    "negative": (["--report", "out", "--bootstrap", "-1"], "a whole number from 0, found '-1'"),
+    "negative": (["--report", "out", "--bootstrap", "-1"], "a whole number from 0 up, found '-1'"),
     "no probe": (["--report", "out", "--probe_dir", "nowhere"], "found no such folder"),
 }
 

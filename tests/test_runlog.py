@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -88,9 +89,7 @@ def test_the_table_holds_what_the_log_holds(tmp_path):
         assert read_table(tmp_path) == named(ROWS[:number])
         headers.append((tmp_path / "metrics.csv").read_text().splitlines()[0])
     # A column keeps its place.
-    assert all(
-        later.startswith(header) for header, later in zip(headers, headers[1:], strict=False)
-    )
+    assert all(later.startswith(header) for header, later in pairwise(headers))
     assert headers[-1] == (
         "step,train/lr,train/loss,train/epoch,train/iou,val/loss,val/ap,val/cgf1"
     )
@@ -221,7 +220,7 @@ def test_the_panel_shows_annotations_beside_detections(write_source, tmp_path):
         {"image_id": image_id, "category_id": a["category_id"], "score": score, "bbox": a["bbox"]}
         | ({"segmentation": a["segmentation"]} if score > 0.8 else {})
         for image_id, items in split.annotations.items()
-        for a, score in zip(items, (0.9, 0.7), strict=False)
+        for a, score in zip(items, (0.9, 0.7)[: len(items)], strict=True)
     ]
     drawn = {t: detections_panel(split, results, t) for t in (0.5, 0.8, 0.95)}
     shape = drawn[0.5].shape
