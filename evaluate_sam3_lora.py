@@ -407,6 +407,8 @@ def main(argv: list[str] | None = None) -> int:
     batches = build_batches(forward, split, config, compare, args.prompt_with)
     summary, results = run_evaluation(forward, batches, split, config, args.tile)
     described = {"model": subject, "data": str(folder), "split": args.split}
+    tested = None if args.base else checkpoint.adapter_fingerprint(adapter)
+    described |= {"adapter": tested, "geometry_cls": forward.geometry_cls}
     described |= {"prompt_with": args.prompt_with, **summary}
     found = {FOUND[0]: results}
     sys.stdout.write(format_summary(summary) + "\n")

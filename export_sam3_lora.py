@@ -201,7 +201,7 @@ def merge(args: argparse.Namespace) -> Path:
     checkpoint.load_adapter(args.lora_weights, detector, content)
     remove_lora(detector, keep_update=True)
     config = model.config.detector_config if args.video else model.config
-    checkpoint.mark_merged(config, content["base_fingerprint"], content["lora"])
+    checkpoint.mark_merged(config, content)
 
     def fill(folder: Path) -> None:
         if not save_model(model, name, folder, DTYPES[args.dtype]):
@@ -308,8 +308,11 @@ def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[s
     if args.stock_metrics and not args.metrics:
         raise ConfigError("--stock_metrics: expected --metrics of the same split too; give both")
     evaluated = {
-        name: read_metrics(f"--{flag}", path)
-        for flag, name in (("metrics", "as trained"), ("stock_metrics", "stock text-only call"))
+        name: read_metrics(f"--{flag}", path, content, token)
+        for flag, name, token in (
+            ("metrics", "as trained", content.get("geometry_cls", "meta")),
+            ("stock_metrics", "stock text-only call", "hf"),
+        )
         if (path := getattr(args, flag))
     }
     splits = {split for split, _ in evaluated.values()}
@@ -334,18 +337,32 @@ def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[s
     return table(["", *columns], rows)
 
 
-def read_metrics(flag: str, path: Path) -> tuple[str, dict[str, Any]]:
+def read_metrics(
+    flag: str, path: Path, content: Mapping[str, Any], geometry_cls: str
+) -> tuple[str, dict[str, Any]]:
     """The split's folder, with how it was asked and searched where that is not as ever, and the
-    figures of an evaluation's metrics.json."""
+    figures of an evaluation's metrics.json; ConfigError unless it is one of this adapter, with this
+    `geometry_cls`."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
+        found = metrics["adapter"], metrics["geometry_cls"]
+        if found != (checkpoint.adapter_fingerprint(content), geometry_cls):
+            raise ConfigError(
+                f"{flag}: expected an evaluation of this adapter with geometry_cls {geometry_cls}, "
+                f"found one of {metrics['model']} with {found[1]} in {path}; evaluate it so"
+            )
         split, asked = str(metrics["data"]), metrics.get("prompt_with", "text")
         split += f", asked with {asked}" if asked in ("box", "both") else ""
         split += f", tiles of {metrics['tile']:g}" if metrics.get("tile") else ""
         return split, validation_figures(metrics)
-    except (ValueError, KeyError, TypeError) as error:
-        expected = "metrics.json of evaluate_sam3_lora.py"
-        raise ConfigError(f"{flag}: expected {expected}, found {path} ({error!r})") from error
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = "another file" if path.is_file() else "none"
+        raise ConfigError(
+            f"{flag}: expected metrics.json of evaluate_sam3_lora.py, found {kind}: {path}; "
+            "evaluate the adapter and name the file"
+        ) from error
 
 
 def video_note(content: Mapping[str, Any]) -> str:
@@ -368,7 +385,8 @@ def place_name(args: argparse.Namespace) -> str:
 def use(args: argparse.Namespace, base: str, content: Mapping[str, Any]) -> str:
     """Python that loads the export with stock libraries and runs a prompt on photo.jpg."""
     place = json.dumps(place_name(args), ensure_ascii=False)
-    prompt = next(iter(content.get("categories", {}).values()), "car")
+    category, prompt = next(iter(content.get("categories", {}).items()), ("", "car"))
+    threshold = content.get("thresholds", {}).get(category, 0.5)
     imports = ["import torch", "from PIL import Image"]
     load = [f"model = Sam3Model.from_pretrained({place}, dtype=torch.float32).eval()"]
     processor = place
@@ -402,7 +420,7 @@ def use(args: argparse.Namespace, base: str, content: Mapping[str, Any]) -> str:
             "with torch.no_grad():",
             "    outputs = model(**inputs)",
             "found = processor.post_process_instance_segmentation(",
-            "    outputs, threshold=0.5, target_sizes=[image.size[::-1]]",
+            f"    outputs, threshold={threshold:.3g}, target_sizes=[image.size[::-1]]",
             ")[0]",
             'print(found["scores"], found["boxes"])',
         ]

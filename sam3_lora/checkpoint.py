@@ -56,19 +56,25 @@ FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.referenc
 MERGED = "merged_adapter"
 
 
-def mark_merged(config: Any, base: str, lora: dict[str, torch.Tensor]) -> None:
+def adapter_fingerprint(content: dict[str, Any]) -> str:
+    """A short name for an adapter, from `read_adapter`'s content: 16 hex digits of a SHA-256 over
+    its base's `fingerprint`, its scaling and its tensors."""
+    lora, tensors = content["lora_config"], content["lora"]
+    digest = hashlib.sha256(f"{content['base_fingerprint']} {lora.alpha / lora.rank}".encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def mark_merged(config: Any, content: dict[str, Any]) -> None:
     """Writes into a merged model's configuration what was merged, so that no adapter of its base,
     nor the same one a second time, fits it.
 
     Args:
         config: of the merged model.
-        base: `fingerprint` of its base.
-        lora: the adapter's tensors.
+        content: of the adapter, from `read_adapter`.
     """
-    digest = hashlib.sha256(base.encode())
-    for name in sorted(lora):
-        digest.update(name.encode() + lora[name].numpy().tobytes())
-    setattr(config, MERGED, digest.hexdigest()[:16])
+    setattr(config, MERGED, adapter_fingerprint(content))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -110,7 +110,14 @@ def test_both_read_as_if_evaluated_alone(precision, run, tmp_path) -> None:
     assert both == adapter and base["losses"] != adapter["losses"]
     expected = read(tmp_path / "base")
     assert base == {name: expected[name] for name in base}
-    assert expected.keys() - base.keys() == {"model", "data", "split", "prompt_with"}
+    assert expected.keys() - base.keys() == {
+        "model",
+        "data",
+        "split",
+        "adapter",
+        "geometry_cls",
+        "prompt_with",
+    }
     assert out == f"{alone}\n{format_comparison(base, adapter)}\n"
     assert {path.name for path in (tmp_path / "both").iterdir()} == FILES
     for name, other in (("base_detections.json", "base"), ("detections.json", "adapter")):

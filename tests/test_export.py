@@ -358,8 +358,9 @@ def test_the_card(exported, base, tmp_path, monkeypatch, command, cls) -> None:
     assert run_snippet(out, tmp_path, monkeypatch).startswith("tensor([")
 
 
-def write_metrics(path: Path, ap: float, split: str = "test", **more) -> Path:
+def write_metrics(path: Path, adapter: str, ap: float, split: str = "test", **more) -> Path:
     content = {"data": f"data/{split}", "split": split, "losses": {"loss": 1.0, "iou": 0.8}}
+    content |= {"model": "some base", "adapter": adapter, "geometry_cls": "meta"}
     content |= {"segm": None, "bbox": {"AP": ap, "AP50": 0.9}, "cgf1": {"cgF1": None}}
     content |= {"false_positive_rate": 0.0, "prompt_with": "text", **more}
     path.write_text(json.dumps(content), encoding="utf-8")
@@ -368,30 +369,45 @@ def write_metrics(path: Path, ap: float, split: str = "test", **more) -> Path:
 
 def test_measured_figures_stand_side_by_side_on_the_card(export, adapters, tmp_path) -> None:
     words = ["peft", "--lora_weights", adapters / "meta.pt", "--output_dir", tmp_path / "out"]
-    words += ["--metrics", write_metrics(tmp_path / "a.json", 0.75)]
-    stock_words = ["--stock_metrics", write_metrics(tmp_path / "b.json", 0.74)]
+    own = checkpoint.adapter_fingerprint(checkpoint.read_adapter(adapters / "meta.pt"))
+    words += ["--metrics", write_metrics(tmp_path / "a.json", own, 0.75)]
+    stock_words = [
+        "--stock_metrics",
+        write_metrics(tmp_path / "b.json", own, 0.74, geometry_cls="hf"),
+    ]
     code, _, err = export(*words[:-2], *stock_words)
     assert code == 2 and "--stock_metrics: expected --metrics" in err
     assert export(*words, *stock_words)[0] == 0
     _, body = read_card(tmp_path / "out")
     assert "|  | as trained, test | stock text-only call, test |" in body
     assert "| ap | 0.75 | 0.74 |" in body and "was not measured" not in body
-    write_metrics(tmp_path / "b.json", 0.74, "val")
+    write_metrics(tmp_path / "b.json", own, 0.74, "val", geometry_cls="hf")
     code, _, err = export(*words, *stock_words)
     assert code == 2 and "expected evaluations of one split" in err
     tiled = {"losses": {}, "tile": 0.5}  # no tile has targets
-    write_metrics(tmp_path / "b.json", 0.74, **tiled)
+    write_metrics(tmp_path / "b.json", own, 0.74, geometry_cls="hf", **tiled)
     code, _, err = export(*words, *stock_words)
     assert code == 2 and "data/test and data/test, tiles of 0.5" in err
-    write_metrics(tmp_path / "a.json", 0.75, prompt_with="both", **tiled)
-    code, _, err = export(*words)
-    assert code == 0, err
+    write_metrics(tmp_path / "a.json", own, 0.75, prompt_with="both", **tiled)
+    assert export(*words)[0] == 0
     _, body = read_card(tmp_path / "out")
     assert "| as trained, test, asked with both, tiles of 0.5 |" in body
     assert "| ap | 0.75 |" in body and "| loss |" not in body
     (tmp_path / "b.json").write_text("{}", encoding="utf-8")
     code, _, err = export(*words, *stock_words)
     assert code == 2 and "--stock_metrics: expected metrics.json of evaluate_sam3_lora.py" in err
+
+
+@pytest.mark.parametrize("flag, tested", [("metrics", None), ("stock", "own")])
+def test_figures_of_something_else_are_refused(export, adapters, tmp_path, flag, tested) -> None:
+    """Of the base; of the stock call those of an evaluation as trained."""
+    own = checkpoint.adapter_fingerprint(checkpoint.read_adapter(adapters / "meta.pt"))
+    words = ["--lora_weights", adapters / "meta.pt", "--output_dir", tmp_path / "out"]
+    words += ["--metrics", write_metrics(tmp_path / "a.json", {"own": own}.get(tested), 0.75)]
+    words += ["--stock_metrics", write_metrics(tmp_path / "b.json", own, 0.74)]
+    code, _, err = export("peft", *words)
+    assert code == 2 and f"--{flag}" in err and "expected an evaluation of this adapter" in err
+    assert "found one of some base with meta in" in err and not (tmp_path / "out").exists()
 
 
 def test_ours_to_peft_to_ours_is_bit_for_bit(export, exported, base, adapters, tmp_path) -> None:
