@@ -71,7 +71,7 @@ from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS, PromptDataset, other_words
 from sam3_lora.drawing import draw_panel
 from sam3_lora.engine import TooLargeError
 from sam3_lora.evaluation import evaluate_split, load_forward, resolve_model
-from sam3_lora.files import write_json, write_picture, write_text
+from sam3_lora.files import check_writable, write_json, write_picture, write_text
 from sam3_lora.forward import Forward
 from sam3_lora.intervals import Evaluated, calibrate, format_thresholds
 from sam3_lora.loader import build_loader, epoch_batches
@@ -193,6 +193,9 @@ def choose_output(args: argparse.Namespace, data: Path) -> Path:
                 f"{flag}: {output_dir} holds an earlier evaluation, and files in use, so it is not "
                 "renamed; name another folder, or --overwrite the evaluation"
             )
+    check_writable(output_dir, flag)
+    if args.calibrate:  # the adapter's file is replaced in its folder
+        check_writable(beside, "--calibrate")
     return output_dir
 
 

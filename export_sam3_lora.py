@@ -39,6 +39,7 @@ from sam3_lora import checkpoint
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.evaluation import validation_figures
 from sam3_lora.exchange import PEFT_CONFIG, fit, portable_name, read_source, write_peft
+from sam3_lora.files import check_writable
 from sam3_lora.model import PUBLISHED, ModelError, load_model, load_video_model, save_model
 
 log = logging.getLogger("export")
@@ -91,15 +92,16 @@ def build_parser() -> argparse.ArgumentParser:
     write.add_argument("--private", action="store_true", help="make a new repository private")
     folder = folder_parser(write)
     peft = commands.add_parser("peft", parents=[folder], help="for stock PEFT")
-    base = "base to name in config and card (default: the adapter's own)"
-    peft.add_argument("--model_name", metavar="NAME", help=base)
-    merged = commands.add_parser("merge", parents=[folder], help="a merged model")
-    base = "base to merge into (default: the adapter's own)"
-    merged.add_argument("--model_name", metavar="NAME", help=base)
-    dtype = "of the weights written; the sum is fp32 (default: fp32)"
-    merged.add_argument("--dtype", choices=DTYPES, default="fp32", help=dtype)
-    video = "the whole Sam3VideoModel of a base that has a tracker"
-    merged.add_argument("--video", action="store_true", help=video)
+    merged = commands.add_parser("merge", parents=[folder], help="a merged model").add_argument
+    # fmt: off
+    peft.add_argument("--model_name", metavar="NAME",
+        help="base to name in config and card (default: the adapter's own)")
+    merged("--model_name", metavar="NAME", help="base to merge into (default: the adapter's own)")
+    merged("--dtype", choices=DTYPES, default="fp32",
+        help="of the weights written; the sum is fp32 (default: fp32)")
+    merged("--video", action="store_true",
+        help="the whole Sam3VideoModel of a base that has a tracker")
+    # fmt: on
     add_import_parser(commands, write)
     return parser
 
@@ -143,6 +145,7 @@ def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:
         ConfigError: what is there is in use, or with `overwrite` is no earlier export.
     """
     place = Path(os.path.abspath(output))
+    check_writable(place.parent, "--output_dir")
     used = [path.resolve() for path in (Path(), *inputs) if path.exists()]
     if any(path.is_relative_to(place.resolve()) for path in used):
         raise ConfigError(f"{output} holds files in use, so it is not renamed; name another place")
@@ -217,6 +220,7 @@ def import_adapter(args: argparse.Namespace) -> Path:
     if args.output.suffix != ".pt" or args.output.is_dir():
         raise ConfigError(f"--output: expected a file name that ends in .pt, found {args.output}")
     place = Path(os.path.abspath(args.output))
+    check_writable(place.parent, "--output")
     foreign = read_source(args.source, args.alpha)
     told = dict(foreign.description)
     own_base = told.pop("base_model", None)
@@ -247,12 +251,8 @@ def build_card(args: argparse.Namespace, content: Mapping[str, Any], base: str) 
     name = args.model_name or content["base_model"]
     local = Path(name).is_dir() or name != base or not HUB_ID.fullmatch(base)
     of_base = f"`{base}`, a local folder of whoever exported it" if local else link
-    lines = [
-        *front_matter(args, base),
-        f"# {subject[0].upper()}{subject[1:]}",
-        "",
-        f"Base model: {of_base}.",
-    ]
+    lines = [*front_matter(args, base), f"# {subject[0].upper()}{subject[1:]}", ""]
+    lines += [f"Base model: {of_base}."]
     if not is_peft:
         written = args.dtype + (" (the sum is fp32)" if args.dtype != "fp32" else "")
         lines += [f"The weights, in {written}, hold the base's: its licence applies to them too."]
@@ -346,23 +346,21 @@ def read_metrics(
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         found = metrics["adapter"], metrics["geometry_cls"]
-        if found != (checkpoint.adapter_fingerprint(content), geometry_cls):
-            raise ConfigError(
-                f"{flag}: expected an evaluation of this adapter with geometry_cls {geometry_cls}, "
-                f"found one of {metrics['model']} with {found[1]} in {path}; evaluate it so"
-            )
         split, asked = str(metrics["data"]), metrics.get("prompt_with", "text")
         split += f", asked with {asked}" if asked in ("box", "both") else ""
         split += f", tiles of {metrics['tile']:g}" if metrics.get("tile") else ""
-        return split, validation_figures(metrics)
-    except ConfigError:
-        raise
+        figures = validation_figures(metrics)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        kind = "another file" if path.is_file() else "none"
         raise ConfigError(
-            f"{flag}: expected metrics.json of evaluate_sam3_lora.py, found {kind}: {path}; "
-            "evaluate the adapter and name the file"
+            f"{flag}: expected metrics.json of evaluate_sam3_lora.py, found "
+            f"{'another file' if path.is_file() else 'none'}: {path}; evaluate and name the file"
         ) from error
+    if found != (checkpoint.adapter_fingerprint(content), geometry_cls):
+        raise ConfigError(
+            f"{flag}: expected an evaluation of this adapter with geometry_cls {geometry_cls}, "
+            f"found one of {metrics['model']} with {found[1]} in {path}; evaluate it so"
+        )
+    return split, figures
 
 
 def video_note(content: Mapping[str, Any]) -> str:

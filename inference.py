@@ -61,7 +61,7 @@ from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import Detections, load_forward
-from sam3_lora.files import write_json, write_picture
+from sam3_lora.files import check_writable, write_json, write_picture
 from sam3_lora.forward import Forward
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import ModelError, build_tracker
@@ -207,6 +207,8 @@ def plan_overlays(args: argparse.Namespace, images: list[Path]) -> list[Path]:
                 f"--output, --json: {path} is a folder, an input, or the name of two outputs; name "
                 "another place"
             )
+    for flag, path in (("--output", overlays[0]), ("--json", jsons[0])):
+        check_writable(path.parent, flag)
     return overlays
 
 

@@ -31,7 +31,7 @@ from sam3_lora.coco import decode_mask, encode_mask, mask_iou, progress
 from sam3_lora.dataset import place_on_canvas
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import Detections
-from sam3_lora.files import write_atomically, write_picture
+from sam3_lora.files import check_writable, write_atomically, write_picture
 from sam3_lora.forward import PADDING_BOX, Forward, normalize
 from sam3_lora.geometry import mask_box
 from sam3_lora.images import IMAGE_SUFFIXES, DatasetError, image_size, read_image
@@ -360,6 +360,7 @@ def plan_outputs(clip: Clip, folder: Path, json_file: Path | None) -> Outputs:
 
     Raises:
         DatasetError: the folder is none, or an output would replace the input or another one.
+        PermissionError: it cannot be written.
     """
     if folder.is_file() or folder.suffix.lower() in IMAGE_SUFFIXES:
         raise DatasetError(f"--output: expected a folder for a video, found {folder}")
@@ -373,6 +374,8 @@ def plan_outputs(clip: Clip, folder: Path, json_file: Path | None) -> Outputs:
             f"--output, --json: {folder} and {rows} would replace the input, a folder, or each "
             "other; name other places"
         )
+    check_writable(folder, "--output")
+    check_writable(rows.parent, "--json")
     return Outputs(frames, masks, gif, rows)
 
 

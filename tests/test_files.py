@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3_lora import files
+import evaluate_sam3_lora
+import export_sam3_lora
+import inference
+from sam3_lora import files, video
 
 
 def test_a_write_that_fails_leaves_the_earlier_file(tmp_path) -> None:
@@ -40,3 +43,35 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path) -> None:
     wanted = "--output: expected a folder that can be written, found .*; name another place"
     with pytest.raises(PermissionError, match=wanted):
         files.check_writable(tmp_path / "file" / "new", "--output")
+
+
+@pytest.mark.parametrize("case", ["evaluate", "calibrate", "image", "json", "video", "export"])
+def test_scripts_tell_before_the_work_what_they_cannot_write(case, tmp_path, capsys, monkeypatch):
+    def refuse(folder: Path, flag: str) -> None:
+        if folder.absolute().is_relative_to(tmp_path / "no"):
+            raise PermissionError(f"{flag}: expected a folder that can be written")
+
+    for module in (evaluate_sam3_lora, inference, export_sam3_lora, video):
+        monkeypatch.setattr(module, "check_writable", refuse)
+    monkeypatch.setattr(evaluate_sam3_lora, "split_dir", lambda *_: tmp_path)
+    Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    adapter, no = str(tmp_path / "no" / "a.pt"), str(tmp_path / "no" / "out")
+    image = ["--image", str(tmp_path / "a.png"), "--text_prompt", "x"]
+    main, words, flag = {
+        "evaluate": (evaluate_sam3_lora, ["--base", "--output_dir", no], "--output_dir"),
+        "calibrate": (
+            evaluate_sam3_lora,
+            ["--calibrate", "--lora_weights", adapter, "--output_dir", str(tmp_path)],
+            "--calibrate",
+        ),
+        "image": (inference, [*image, "--output", no], "--output"),
+        "json": (inference, [*image, "--output", str(tmp_path), "--json", f"{no}.json"], "--json"),
+        "video": (inference, ["--video", str(tmp_path), *image[2:], "--output", no], "--output"),
+        "export": (
+            export_sam3_lora,
+            ["peft", "--lora_weights", adapter, "--output_dir", no],
+            "--output_dir",
+        ),
+    }[case]
+    assert main.main(words) == 2
+    assert f"error: {flag}: expected a folder that can be written" in capsys.readouterr().err
