@@ -331,7 +331,7 @@ def measure_thresholds(
 
 
 def store_thresholds(
-    weights: Path, chosen: dict[str, Any], split: CocoSplit, tile: float | None
+    args: argparse.Namespace, adapter: dict[str, Any], chosen: dict[str, Any], split: CocoSplit
 ) -> None:
     """Writes what `measure_thresholds` chose into the adapter, but for categories with too few
     objects to trust it."""
@@ -341,8 +341,13 @@ def store_thresholds(
         log.warning("too few objects, no threshold stored: %s", ", ".join(few))
     made = {"split": chosen["chosen_on"], "images": len(split.images), "iou": chosen["iou"]}
     made |= {"prompts": {name: split.phrase(c) for c, name in split.categories.items()}}
-    checkpoint.store_thresholds(weights, thresholds, made | {"tile": tile})
-    log.info("stored the thresholds in %s", weights)
+    if old := adapter.get("thresholds"):
+        before = {name: f"{old[name]:.3f}" if name in old else "none" for name in thresholds}
+        shown = (f"{name} {before[name]} -> {value:.3f}" for name, value in thresholds.items())
+        chosen_on = adapter.get("calibration", {}).get("split", "an unknown split")
+        log.warning("these replace the thresholds chosen on %s: %s", chosen_on, ", ".join(shown))
+    checkpoint.store_thresholds(args.lora_weights, thresholds, made | {"tile": args.tile})
+    log.info("stored the thresholds in %s", args.lora_weights)
 
 
 def draw_comparison(
@@ -442,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
     # 4. The files; the pictures last.
     write_files(output_dir, described, found, args.replace)
     if args.calibrate:
-        store_thresholds(args.lora_weights, described["calibration"], split, args.tile)
+        store_thresholds(args, adapter, described["calibration"], split)
     if compare:
         write_pictures(args, output_dir, split, described, found)
     return 0

@@ -88,6 +88,7 @@ from sam3_lora.prompts import (
     read_prompts,
     read_routes,
 )
+from sam3_lora.tiles import view_windows
 
 log = logging.getLogger("inference")
 
@@ -217,8 +218,9 @@ def beside(overlay: Path, ending: str) -> Path:
     return overlay.with_name(overlay.stem.removesuffix("_overlay") + ending)
 
 
-def read_adapters(words: list[str]) -> dict[str, dict[str, Any]]:
-    """The adapters of --lora_weights by name: what each file holds, and its `path`."""
+def read_adapters(words: list[str], routed: bool) -> dict[str, dict[str, Any]]:
+    """The adapters of --lora_weights by name: what each file holds, and its `path`. One of several,
+    or that is `routed` to, cannot be named as the base."""
     adapters: dict[str, dict[str, Any]] = {}
     for word in words:
         name, _, path = word.partition("=")
@@ -226,7 +228,7 @@ def read_adapters(words: list[str]) -> dict[str, dict[str, Any]]:
             path = word
             parts = reversed(Path(os.path.abspath(path)).parts)
             name = next(p for p in parts if p not in SAME_IN_EVERY_RUN).removesuffix(".pt")
-        if name in ("", *adapters) or (name == BASE and len(words) > 1):
+        if name in ("", *adapters) or (name == BASE and (routed or len(words) > 1)):
             raise ConfigError(
                 f"--lora_weights: expected adapters of different names, none of them {BASE}, found "
                 f"{name!r} for {path}; give another by NAME={path}"
@@ -259,12 +261,14 @@ def load(
     args: argparse.Namespace, options: Config, prompts: Prompts
 ) -> tuple[Forward, Prompts, list[float]]:
     """The model, the prompts as its adapters know them, and the lowest score kept of each."""
-    adapters = read_adapters(args.lora_weights)
+    adapters = read_adapters(args.lora_weights, bool(args.route))
     texts, blends = share_out(prompts.texts, read_routes(args.route), adapters)
     check_one_way(args, options, blends)
     if args.threshold is None:
         alone = {next(iter(own)) for own in blends if list(own.values()) == [1]}
         check_calibration(args.tile, {name: adapters[name] for name in adapters if name in alone})
+    if args.tile:
+        log.info("%d views of each image", len(view_windows(1, 1, args.tile)))
     forward, routes = build_forward(args, options, adapters, blends)
     prompts = replace(prompts, texts=texts, routes=routes)
     read_texts(forward, prompts)

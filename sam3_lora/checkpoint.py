@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 ADAPTER_FILE = "lora_weights.pt"
 STATE_FILE = "training_state.pt"
 FORMAT = "sam3-lora-adapter"
+# What makes an adapter of another project one of ours.
+IMPORT = "run `python export_sam3_lora.py import --source PATH --output adapter.pt`"
 VERSION = 1
 # What a file must hold to be used at all.
 ENTRIES = {
@@ -126,7 +128,8 @@ def read_adapter(path: Path) -> dict[str, Any]:
     content = _read(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise AdapterError(
-            f"{path}: expected an adapter written by train_sam3_lora.py, found another .pt file"
+            f"{path}: expected an adapter written by train_sam3_lora.py, found another .pt file; "
+            f"if it holds LoRA weights, {IMPORT}"
         )
     wrong = [k for k, kind in ENTRIES.items() if not isinstance(content.get(k), kind)]
     if wrong:
@@ -457,8 +460,10 @@ def _write(content: dict[str, Any], path: Path) -> None:
 def _read(path: Path) -> Any:
     """torch.load without code execution; AdapterError says what the file is instead."""
     if not path.is_file():
-        inside = [p for p in (path.parent / "best_model" / ADAPTER_FILE,) if p.is_file()]
-        hint = f"did you mean {inside[0]}?" if inside else "name another"
+        inside = path.parent / "best_model" / ADAPTER_FILE
+        hint = f"did you mean {inside}?" if inside.is_file() else "name another"
+        if (path.parent / "adapter_config.json").is_file():
+            hint = f"{path.parent} is PEFT's: {IMPORT}"
         raise AdapterError(f"expected an adapter file, found nothing at {path}; {hint}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

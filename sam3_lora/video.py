@@ -392,16 +392,16 @@ def write_video(
         clip: the video.
         tracked: its frames with detections and identities, read once.
         prompts: texts for the tags; boxes are drawn dashed.
-        outputs: where to. Earlier folders are renamed. The JSON file is written whole or not at
-            all.
+        outputs: where to. Earlier ones are renamed. The JSON file is written whole or not at all.
         write_masks: writes the masks of a frame into a folder; None: no masks.
 
     Returns:
         A line: identities of each prompt, frames, and the GIF's path.
     """
-    for folder in (outputs.frames, *([outputs.masks] if write_masks else [])):
-        if folder.exists() and (moved := set_aside(folder)):
-            log.warning("%s is of an earlier run: renamed to %s", folder, moved)
+    masks = [outputs.masks] if write_masks else []
+    for place in (outputs.frames, outputs.gif, outputs.json, *masks):
+        if moved := set_aside(place):
+            log.warning("%s is of an earlier run: renamed to %s", place, moved)
     pictures: list[Path] = []
     identities: dict[int, set[int]] = defaultdict(set)
 

@@ -185,6 +185,10 @@ def with_lora(**changes):
 
 REFUSED = {
     "missing": (lambda file: file.unlink(), "found nothing at .*lora_weights.pt"),
+    "PEFT's": (
+        lambda file: file.rename(file.with_name("adapter_config.json")),
+        "is PEFT's: run `python export_sam3_lora.py import",
+    ),
     "another file": (
         lambda file: torch.save({"weight": torch.zeros(2)}, file),
         "expected an adapter written by train_sam3_lora.py, found another .pt file",

@@ -269,6 +269,9 @@ def test_thresholds_are_stored_and_measured_elsewhere(run, adapter, tmp_path, mo
     before = {k: before[k] for k in after}
     tensors = [content.pop("lora") for content in (before, after)]
     assert before == after and all(torch.equal(tensors[0][k], v) for k, v in tensors[1].items())
+    code, _, err = run("--calibrate", *words[2:], "--output_dir", tmp_path / "again")
+    replaced = "these replace the thresholds chosen on val: red_part 0."
+    assert code == 0 and replaced in err and "blue_part 0." in err, err
     # Another evaluation measures these, not new ones, and says whence they are.
     checkpoint.store_thresholds(adapter, {"red_part": 0.25}, {"split": "other"})
     assert run("--report", tmp_path / "b", *words)[0] == 0

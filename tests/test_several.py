@@ -280,10 +280,12 @@ def test_names_of_adapters(adapters, tmp_path, monkeypatch) -> None:
     Path("e.pt").write_bytes(content)
     words = ["a/best_model", "b/last_model/lora_weights.pt", "c/checkpoint-5", "lr=1e-4/best_model"]
     words += ["d.v2", "e.pt", "x=lr=1e-4/best_model"]
-    found = inference.read_adapters(words)
+    found = inference.read_adapters(words, routed=True)
     assert list(found) == ["a", "b", "checkpoint-5", "lr=1e-4", "d.v2", "e", "x"]
     assert [found[n]["path"] for n in ("lr=1e-4", "x")] == [Path("lr=1e-4/best_model")] * 2
-    assert list(inference.read_adapters(["base=e.pt"])) == ["base"]
+    assert list(inference.read_adapters(["base=e.pt"], routed=False)) == ["base"]
+    with pytest.raises(ValueError, match="none of them base, found 'base'"):
+        inference.read_adapters(["base=e.pt"], routed=True)
     for wrong, shown in (
         (["a/best_model", "a=e.pt"], "found 'a' for e.pt; give another by NAME=e.pt"),
         (["base=e.pt", "e.pt"], "none of them base, found 'base'"),
@@ -293,7 +295,7 @@ def test_names_of_adapters(adapters, tmp_path, monkeypatch) -> None:
         (["n="], "found nothing at n="),
     ):
         with pytest.raises(ValueError, match=re.escape(shown)):
-            inference.read_adapters(wrong)
+            inference.read_adapters(wrong, routed=False)
 
 
 @pytest.fixture

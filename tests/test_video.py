@@ -243,9 +243,9 @@ def test_an_earlier_run_is_renamed_and_a_failed_one_writes_no_json(tmp_path):
 
     with pytest.raises(DatasetError, match="a damaged frame"):
         video.write_video(clip, broken(), prompts, outputs)
-    assert outputs.json.read_bytes() == before
+    assert (tmp_path / "out" / "clip_detections.json.1").read_bytes() == before
     assert len(list((tmp_path / "out" / "clip_frames.1").iterdir())) == 2
-    names = {"clip.gif", "clip_detections.json", "clip_frames", "clip_frames.1"}
+    names = {"clip.gif.1", "clip_detections.json.1", "clip_frames", "clip_frames.1"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
