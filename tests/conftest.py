@@ -73,6 +73,30 @@ def loaded(tiny_model_dir: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+@pytest.fixture(scope="session")
+def save_random_adapter() -> Callable[..., Path]:
+    """Writes an adapter: `save_random_adapter(path, base, lora, spread=1.0, **description)`."""
+    return _save_random_adapter
+
+
+def _save_random_adapter(
+    path: Path, base: Path, lora: Any, spread: float = 1.0, **description: Any
+) -> Path:
+    """An adapter whose A and B are drawn, so that it moves what the model finds; of a seed, so that
+    no test depends on those before."""
+    from lora_layers import apply_lora, lora_modules  # after the environment above is set
+    from sam3_lora.checkpoint import save_adapter
+    from sam3_lora.model import load_model
+
+    model, _ = load_model(str(base))
+    torch.manual_seed(0)
+    apply_lora(model, lora)
+    for _, layer in lora_modules(model):
+        layer.lora_B.data = torch.randn_like(layer.lora_B) * spread
+    save_adapter(path, model, lora, **{"base_model": str(base), "categories": {}} | description)
+    return path
+
+
 @contextmanager
 def _value_reads() -> Iterator[list[str]]:
     """Lists, when it ends, each operation within that read a tensor's values for a number or a

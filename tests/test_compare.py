@@ -10,12 +10,11 @@ from PIL import Image
 
 import evaluate_sam3_lora
 import prepare_data
-from lora_layers import LoRAConfig, apply_lora, lora_modules, remove_lora
+from lora_layers import LoRAConfig, lora_modules, remove_lora
 from sam3_lora import checkpoint, evaluation, report
 from sam3_lora.coco import CocoSplit
 from sam3_lora.drawing import CELL_SIZE, GUTTER, PALETTE, draw_panel, to_cell
 from sam3_lora.metrics import format_comparison
-from sam3_lora.model import load_model
 
 LORA = LoRAConfig(
     rank=2,
@@ -28,18 +27,10 @@ FILES = {"metrics.json", "detections.json", "base_detections.json", "panel.png"}
 
 
 @pytest.fixture(scope="module")
-def adapter_file(tiny_model_dir, tmp_path_factory) -> Path:
+def adapter_file(tiny_model_dir, save_random_adapter, tmp_path_factory) -> Path:
     """An adapter that changes what the model finds."""
     path = tmp_path_factory.mktemp("adapter") / "lora_weights.pt"
-    model, _ = load_model(str(tiny_model_dir))
-    apply_lora(model, LORA)
-    torch.manual_seed(0)
-    for _, layer in lora_modules(model):
-        layer.lora_B.data = torch.randn_like(layer.lora_B)
-    checkpoint.save_adapter(
-        path, model, LORA, base_model=str(tiny_model_dir), geometry_cls="hf", categories={}
-    )
-    return path
+    return save_random_adapter(path, tiny_model_dir, LORA, geometry_cls="hf")
 
 
 @pytest.fixture(scope="module")

@@ -109,18 +109,10 @@ def test_cut_rows_give_the_same_and_draw_no_masks_in_vain(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapter_file(tiny_model_dir, tmp_path_factory) -> Path:
+def adapter_file(tiny_model_dir, save_random_adapter, tmp_path_factory) -> Path:
     """An adapter whose update of any weight is far below bf16's resolution."""
     path = tmp_path_factory.mktemp("adapter") / "lora_weights.pt"
-    model, _ = load_model(str(tiny_model_dir))
-    torch.manual_seed(0)  # before A is drawn: the tests then do not depend on those before
-    apply_lora(model, LORA)
-    for _, layer in lora_modules(model):
-        layer.lora_B.data = torch.randn_like(layer.lora_B) * 1e-5
-    checkpoint.save_adapter(
-        path, model, LORA, base_model=str(tiny_model_dir), geometry_cls="hf", categories={}
-    )
-    return path
+    return save_random_adapter(path, tiny_model_dir, LORA, spread=1e-5, geometry_cls="hf")
 
 
 def loaded(adapter_file: Path, precision: str, weights: bool = True) -> Forward:

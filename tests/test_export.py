@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import Sam3Model, Sam3Processor, Sam3VideoConfig, Sam3VideoModel
 
 import export_sam3_lora
-from lora_layers import LoRAConfig, apply_lora, lora_modules
+from lora_layers import LoRAConfig
 from sam3_lora import checkpoint
 from sam3_lora.forward import Forward, predict_masks
 from sam3_lora.model import image_size, load_model, num_queries, tokenize
@@ -42,6 +42,8 @@ LORA = LoRAConfig(
     ),
 )
 CATEGORIES = {"cat": "cat", "bus|2": "a red bus"}
+DESCRIPTION = {"categories": CATEGORIES, "step": 7, "metrics": {"ap": 0.5, "cgf1": None}}
+DESCRIPTION |= {"thresholds": {"bus|2": 0.35}}
 
 
 @pytest.fixture(scope="module")
@@ -91,35 +93,22 @@ def video_base(base, tmp_path_factory) -> Path:
     return folder
 
 
-def save_random_adapter(
-    path: Path, name: str, geometry_cls: str, lora: LoRAConfig, spread: float
-) -> None:
-    """An adapter whose A and B are random, so that it moves every output."""
-    model, _ = load_model(name)
-    apply_lora(model, lora)
-    torch.manual_seed(3)
-    for _, layer in lora_modules(model):
-        layer.lora_B.data = torch.randn_like(layer.lora_B) * spread
-    description = {"categories": CATEGORIES, "step": 7, "metrics": {"ap": 0.5, "cgf1": None}}
-    description |= {"thresholds": {"bus|2": 0.35}, "base_model": name}
-    checkpoint.save_adapter(path, model, lora, geometry_cls=geometry_cls, **description)
-
-
 @pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory) -> Path:
+def adapters(base, save_random_adapter, tmp_path_factory) -> Path:
     """meta.pt and hf.pt of the tiny model, trained (as they say) with either geometry_cls."""
     folder = tmp_path_factory.mktemp("adapters")
     for cls in ("meta", "hf"):
-        save_random_adapter(folder / f"{cls}.pt", str(base), cls, LORA, spread=0.3)
+        save_random_adapter(folder / f"{cls}.pt", base, LORA, 0.3, geometry_cls=cls, **DESCRIPTION)
     return folder
 
 
 @pytest.fixture(scope="module")
-def demo_adapters(adapters) -> None:
+def demo_adapters(adapters, save_random_adapter) -> None:
     """demo_meta.pt and demo_hf.pt beside them, of the demo model."""
     for cls in ("meta", "hf"):
         path = adapters / f"demo_{cls}.pt"
-        save_random_adapter(path, str(DEMO), cls, LoRAConfig(rank=4), spread=0.02)
+        about = {"geometry_cls": cls, **DESCRIPTION}
+        save_random_adapter(path, DEMO, LoRAConfig(rank=4), 0.02, **about)
 
 
 @pytest.fixture

@@ -19,12 +19,11 @@ from PIL import Image
 import evaluate_sam3_lora
 import inference
 import prepare_data
-from lora_layers import AdapterError, LoRAConfig, apply_lora, lora_modules
+from lora_layers import AdapterError, LoRAConfig
 from sam3_lora import checkpoint, intervals, report
 from sam3_lora.coco import CocoSplit, encode_mask
 from sam3_lora.config import Config
 from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS
-from sam3_lora.model import load_model
 
 LORA = LoRAConfig(
     rank=2,
@@ -38,17 +37,11 @@ SIDE = 32
 
 
 @pytest.fixture(scope="module")
-def adapter_file(tiny_model_dir, tmp_path_factory) -> Path:
+def adapter_file(tiny_model_dir, save_random_adapter, tmp_path_factory) -> Path:
     """An adapter that changes what the model finds."""
     path = tmp_path_factory.mktemp("adapter") / "lora_weights.pt"
-    model, _ = load_model(str(tiny_model_dir))
-    apply_lora(model, LORA)
-    torch.manual_seed(0)
-    for _, layer in lora_modules(model):
-        layer.lora_B.data = torch.randn_like(layer.lora_B)
     description = {"geometry_cls": "hf", "categories": {"red_part": "red part"}, "step": 3}
-    checkpoint.save_adapter(path, model, LORA, base_model=str(tiny_model_dir), **description)
-    return path
+    return save_random_adapter(path, tiny_model_dir, LORA, **description)
 
 
 @pytest.fixture

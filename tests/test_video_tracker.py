@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
 import inference
-from lora_layers import LoRAConfig, apply_lora, lora_modules
-from sam3_lora import checkpoint, video
+from lora_layers import LoRAConfig, lora_modules
+from sam3_lora import video
 from sam3_lora.coco import decode_mask, mask_iou
 from sam3_lora.evaluation import load_forward
 from sam3_lora.model import ModelError, build_tracker, load_model
@@ -70,17 +70,10 @@ def video_base(demo_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(video_base, tmp_path_factory) -> Path:
+def adapter(video_base, save_random_adapter, tmp_path_factory) -> Path:
     """An adapter of the video model's detector that changes what it finds."""
     path = tmp_path_factory.mktemp("adapter") / "lora_weights.pt"
-    model, _ = load_model(str(video_base))
-    apply_lora(model, CONFIG)
-    torch.manual_seed(0)
-    for _, layer in lora_modules(model):
-        layer.lora_B.data = torch.randn_like(layer.lora_B)
-    about = {"base_model": str(video_base), "geometry_cls": "meta", "categories": {}}
-    checkpoint.save_adapter(path, model, CONFIG, **about, step=1, metrics={})
-    return path
+    return save_random_adapter(path, video_base, CONFIG, geometry_cls="meta")
 
 
 @pytest.fixture(scope="module")
