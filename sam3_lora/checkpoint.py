@@ -299,14 +299,15 @@ def save_checkpoint(
     Args:
         run_dir: the run's folder.
         step: optimizer steps done.
-        state: what resuming needs beside the adapter: optimizer, scaler, best figures, metric.
+        state: what resuming needs beside the adapter: optimizer, scaler, figures; `rng`, the
+            `rng_state` of each process.
         adapter: keyword arguments of `save_adapter` but the path.
 
     Returns:
         The checkpoint's folder.
     """
     folder = run_dir / f"checkpoint-{step}"
-    content = {**state, "step": step, "rng": _rng_state()}
+    content = {**state, "step": step}
     # Saved again at the same step only the state differs (an evaluation may have come between).
     if folder.exists():
         _write(content, folder / STATE_FILE)
@@ -321,7 +322,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `rng`."""
+    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `step`."""
     return _read(folder / STATE_FILE)
 
 
@@ -330,8 +331,14 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """Puts back what a checkpoint holds: adapter, optimizer, gradient scaler, random state.
+
+    Args:
+        folder: of the checkpoint.
+        model, optimizer, scaler: of the run.
+        rank: which of the processes whose random states are kept; one beyond them keeps its own.
 
     Returns:
         As `read_checkpoint`.
@@ -345,7 +352,9 @@ def restore(
     state = read_checkpoint(folder)
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
-    restore_rng(state["rng"])
+    states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
+    if rank < len(states):
+        restore_rng(states[rank])
     return state
 
 
@@ -428,23 +437,23 @@ def is_run(folder: Path) -> bool:
     return (folder / "train.log").is_file()
 
 
-def _rng_state() -> dict[str, Any]:
-    """States of the generators that dropout, point sampling and shuffling draw from."""
+def rng_state() -> dict[str, Any]:
+    """States of this process's generators, which dropout and point sampling draw from."""
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Puts back the generators' states that a checkpoint holds under `rng`."""
+    """Puts back what `rng_state` gave."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and len(state["cuda"]) == 1:
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
