@@ -101,6 +101,7 @@ class Run:
     evaluated: int = -1  # step of the last evaluation
     figure: list[float] | None = None  # of the last evaluation
     val: dict[str, Any] = field(default_factory=dict)
+    skips: engine.Skips = field(default_factory=engine.Skips)
     runlog: RunLog | None = None  # open from `open_folder` on
 
     @property
@@ -177,6 +178,7 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         cache=cache,
         limits=engine.Limits(training.batch_size, config.hardware.max_rows_per_forward),
+        skips=engine.Skips(training.non_finite == "skip"),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         epochs=math.ceil(total_steps / steps_per_epoch),
@@ -299,6 +301,7 @@ def resume(run: Run) -> None:
     state = checkpoint.restore(newest, run.forward.model, run.optimizer, run.scaler)
     run.step, run.best, run.figure = state["step"], state["best"], state["figure"]
     run.stale = state.get("stale", 0)  # earlier checkpoints have none
+    run.skips.in_a_row, run.skips.total = state.get("skips", (0, 0))
     run.evaluated = run.step if run.figure else -1
     finished = "; it stopped early: raise --early_stopping_patience" if run.stopped else ""
     if run.step >= run.total_steps:
@@ -369,6 +372,7 @@ def save_now(run: Run) -> None:
         "scaler": run.scaler.state_dict(),
         "best": run.best,
         "stale": run.stale,
+        "skips": (run.skips.in_a_row, run.skips.total),
         "figure": run.figure if run.evaluated == run.step else None,
     }
     checkpoint.save_checkpoint(run.folder, run.step, state, adapter_description(run))
@@ -401,6 +405,7 @@ def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
         accumulation=training.gradient_accumulation_steps,
         max_grad_norm=training.max_grad_norm,
         scaler=run.scaler,
+        skips=run.skips,
     )
     return records, steps
 
@@ -472,6 +477,8 @@ def main(argv: list[str] | None = None) -> int:
     # 4. The end of the run.
     save_model(run, "last_model")
     run.runlog.close()
+    if run.skips.total:
+        log.warning("%d steps left out, as not finite: see train.log", run.skips.total)
     log.info("done: %s", run.folder / "best_model" / checkpoint.ADAPTER_FILE)
     return 0
 

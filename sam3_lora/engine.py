@@ -48,6 +48,10 @@ PER_IMAGE += ("trunk", "fpn_0", "fpn_1", "geometry")
 # The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
 LONGEST_WARMUP = 0.1
 
+# So many steps in a row may be left out. 16 halvings take a gradient scaler from its first scale,
+# 2^16, to none; gradients that still overflow after nearly as many again will not come right.
+MOST_SKIPPED_IN_A_ROW = 30
+
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
 # forward.encode(batch) -> features; forward.predict(features, batch, rows) -> outputs
@@ -80,6 +84,21 @@ class Limits:
         self.images = images // 2 if images > 1 else self.images
         self.rows = rows // 2 if rows > 1 else self.rows
         return images > 1 or rows > 1
+
+
+@dataclass
+class Skips:
+    """Optimizer steps left out of a run, as a loss or gradient was not finite.
+
+    Args:
+        allowed: whether such a step is left out, not the end; what overflows in fp16 always is.
+        in_a_row: since the last step that was taken.
+        total: of the run.
+    """
+
+    allowed: bool = False
+    in_a_row: int = 0
+    total: int = 0
 
 
 class TooLargeError(torch.OutOfMemoryError):
@@ -150,6 +169,7 @@ def train_one_epoch(
     accumulation: int = 1,
     max_grad_norm: float = 0.1,
     scaler: torch.amp.GradScaler | None = None,
+    skips: Skips | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Takes the optimizer steps of an epoch, yielding a record after each.
 
@@ -161,15 +181,18 @@ def train_one_epoch(
         limits: larger micro-batches are cut; halved, with a warning, where memory runs out.
         step, accumulation: steps done before; micro-batches a step (the last may have fewer).
         max_grad_norm: L2 norm gradients are clipped to; 0 leaves them.
+        skips: whether steps that are not finite are left out, and their count; None: they are not.
 
     Yields:
-        `step` (from 1), the terms, `grad_norm` unclipped, `lr`, `counts`, `images`, `seconds`.
+        `step` (from 1), the terms, `grad_norm` unclipped, `lr`, `counts`, `images`, `seconds`; of
+        a step left out `skipped`, 1, for the terms and `grad_norm`.
 
     Raises:
-        LossError: a loss or gradient is not finite; no parameter has moved.
+        LossError: a loss or gradient is not finite, or more than MOST_SKIPPED_IN_A_ROW steps were
+            left out in a row; no parameter has moved.
         TooLargeError: one image and one row at a time do not fit either; likewise.
     """
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    scaler, skips = scaler or torch.amp.GradScaler(enabled=False), skips or Skips()
     iterator, started = iter(batches), time.perf_counter()
     while micro_batches := list(itertools.islice(iterator, accumulation)):
         _set_rate(optimizer, factor(step))
@@ -177,10 +200,7 @@ def train_one_epoch(
         totals = _gradients(forward, criterion, micro_batches, counts, limits, optimizer, scaler)
         totals["grad_norm"] = _clip(optimizer, scaler, max_grad_norm)
         step += 1
-        record = _to_numbers(totals)
-        _check_finite(record, step, micro_batches, scaler.is_enabled())
-        scaler.step(optimizer)
-        scaler.update()
+        record = _take_step(_to_numbers(totals), step, micro_batches, optimizer, scaler, skips)
         record |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "counts": counts}
         record["images"] = sum(len(batch["image_ids"]) for batch in micro_batches)
         yield record | {"seconds": time.perf_counter() - started}
@@ -368,19 +388,39 @@ def _to_numbers(values: Losses) -> dict[str, float]:
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-def _check_finite(
-    record: dict[str, float], step: int, micro_batches: list[Batch], scaled: bool
-) -> None:
-    """Stops on a loss or gradient that is not finite; under fp16 the scaler sees to gradients."""
-    watched = ("loss",) if scaled else ("loss", "grad_norm")
-    if all(math.isfinite(record[name]) for name in watched):
-        return
+def _take_step(
+    record: dict[str, float],
+    step: int,
+    micro_batches: list[Batch],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    skips: Skips,
+) -> dict[str, float]:
+    """Moves the parameters and returns the record, if it is finite; else leaves the step out, with
+    a record that says so, or raises LossError."""
+    wrong = [name for name, value in record.items() if not math.isfinite(value)]
+    if not wrong:
+        scaler.step(optimizer)
+        scaler.update()
+        skips.in_a_row = 0
+        return record
+    overflow = scaler.is_enabled() and wrong == ["grad_norm"]
+    skips.in_a_row, skips.total = skips.in_a_row + 1, skips.total + 1
     images = [image_id for batch in micro_batches for image_id in batch["image_ids"]]
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
-    raise LossError(
-        f"expected finite losses, found at step {step}, image ids {images}: {terms}; lower "
-        "--learning_rate, or check these images with `python prepare_data.py validate`"
-    )
+    found = f"step {step}, image ids {images}: "
+    found += ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+    remedy = "--mixed_precision bf16, or " if scaler.is_enabled() else ""
+    remedy += "lower --learning_rate, or check these images with `python prepare_data.py validate`"
+    if skips.in_a_row > MOST_SKIPPED_IN_A_ROW:
+        times = f"{skips.in_a_row} in a row that are not, the last at"
+        raise LossError(f"expected finite losses and gradients, found {times} {found}; {remedy}")
+    if not (overflow or skips.allowed):
+        remedy += "; --non_finite skip leaves such steps out"
+        raise LossError(f"expected finite losses, found at {found}; {remedy}")
+    # A scale that overflows is halved; a loss that is not finite says nothing of the scale.
+    scaler.update(None if overflow else scaler.get_scale())
+    log.log(logging.INFO if overflow else logging.WARNING, "left out, as not finite: %s", found)
+    return {"skipped": 1.0}
 
 
 def environment(source: Path) -> str:
@@ -419,19 +459,22 @@ def mean_record(records: list[dict[str, Any]], device: torch.device) -> dict[str
         device: where the model runs.
 
     Returns:
-        `step` and `lr` of the last one, each term's mean, `train_iou` over steps with objects,
-        `it_per_s`, `img_per_s`, and where the system tells `memory_gb`, `memory_percent`.
+        `step` and `lr` of the last one, each term's mean over the steps taken, `train_iou` over
+        those with objects, `skipped`, the number left out, if any, `it_per_s`, `img_per_s`, and
+        where the system tells `memory_gb`, `memory_percent`.
     """
     sums: dict[str, list[float]] = defaultdict(list)
     for record in records:
         for name, value in record.items():
             # A step without objects has no IoU to average.
-            skipped = name in ("seconds", "lr") or "_aux_" in name
-            skipped = skipped or (name == "iou" and not record["counts"]["targets"])
-            if isinstance(value, float) and not skipped:
+            unused = name in ("seconds", "lr", "skipped") or "_aux_" in name
+            unused = unused or (name == "iou" and not record["counts"]["targets"])
+            if isinstance(value, float) and not unused:
                 sums["train_iou" if name == "iou" else name].append(value)
     row = {"step": records[-1]["step"], "lr": records[-1]["lr"]}
     row |= {name: sum(values) / len(values) for name, values in sums.items()}
+    if skipped := sum(record.get("skipped", 0) for record in records):
+        row["skipped"] = skipped
     seconds = sum(record["seconds"] for record in records)
     row["it_per_s"] = len(records) / seconds
     row["img_per_s"] = sum(record["images"] for record in records) / seconds
@@ -442,8 +485,9 @@ def mean_record(records: list[dict[str, Any]], device: torch.device) -> dict[str
 
 def progress_text(row: dict[str, Any]) -> str:
     """A line of the log for eyes."""
-    text = f"loss {row['loss']:.3f}, lr {row['lr']:.2e}, {row['it_per_s']:.2f} it/s, "
-    text += f"{row['img_per_s']:.1f} img/s"
+    text = f"loss {row['loss']:.3f}, " if "loss" in row else ""
+    text += f"{row['skipped']:.0f} left out, " if "skipped" in row else ""
+    text += f"lr {row['lr']:.2e}, {row['it_per_s']:.2f} it/s, {row['img_per_s']:.1f} img/s"
     if "train_iou" in row:
         text += f", train IoU {row['train_iou']:.3f}"
     if "memory_gb" in row:
