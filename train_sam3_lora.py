@@ -67,7 +67,7 @@ from sam3_lora.model import (
     train_adapted,
 )
 from sam3_lora.overview import detections_panel
-from sam3_lora.runlog import RunLog, RunLogError, check_packages
+from sam3_lora.runlog import RunLog, RunLogError, check_packages, mean_record, progress_text
 
 log = logging.getLogger("train")
 
@@ -421,10 +421,10 @@ def train_epoch(run: Run, epoch: int) -> None:
             run.step = record["step"]
             run.records.append(record)
             if run.step % output.logging_steps == 0 or run.step == run.total_steps:
-                row = engine.mean_record(run.records, run.forward.device)
+                row = mean_record(run.records, run.forward.device)
                 run.records = []
                 run.runlog.add_row({**row, "epoch": epoch + 1})
-                text = engine.progress_text(row)
+                text = progress_text(row)
                 log.info("step %d/%d: %s", run.step, run.total_steps, text)
                 bar.set_postfix_str(text)
             if run.step % training.eval_steps == 0:

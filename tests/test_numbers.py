@@ -14,10 +14,9 @@ from sam3_lora.engine import (
     LossError,
     Skips,
     build_optimizer,
-    mean_record,
-    progress_text,
     train_one_epoch,
 )
+from sam3_lora.runlog import mean_record, progress_text
 
 # Steps of a toy model -----------------------------------------------------------------------------
 
