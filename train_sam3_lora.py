@@ -478,7 +478,7 @@ def main(argv: list[str] | None = None) -> int:
     save_model(run, "last_model")
     run.runlog.close()
     if run.skips.total:
-        log.warning("%d steps left out, as not finite: see train.log", run.skips.total)
+        log.info("%d steps left out, as not finite: see train.log", run.skips.total)
     log.info("done: %s", run.folder / "best_model" / checkpoint.ADAPTER_FILE)
     return 0
 

@@ -343,6 +343,7 @@ def evaluate(
         The caller sets eval mode.
 
     Raises:
+        LossError: a loss is not finite.
         TooLargeError: as `train_one_epoch`.
     """
     limits = Limits(1, max_rows)
@@ -353,12 +354,19 @@ def evaluate(
         while start < total:
             work = partial(_chunk, forward, criterion, features, batch, counts, limits, start)
             rows, outputs, losses = _within_memory(work, limits, 1, total - start)
+            losses = _to_numbers(losses)
+            if _not_finite(losses):
+                raise LossError(
+                    "expected finite losses, found in evaluation, "
+                    f"{_terms(batch['image_ids'], losses)}; try --mixed_precision no, or an "
+                    "adapter trained at a lower --learning_rate"
+                )
             yield {
                 "batch": batch,
                 "rows": rows,
                 "outputs": outputs,
                 "counts": counts,
-                "losses": _to_numbers(losses),
+                "losses": losses,
             }
             start = rows.stop
 
@@ -380,6 +388,16 @@ def _to_numbers(values: Losses) -> dict[str, float]:
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
+def _not_finite(losses: dict[str, float]) -> list[str]:
+    """Names of the losses that are NaN or infinite."""
+    return [name for name, value in losses.items() if not math.isfinite(value)]
+
+
+def _terms(images: list, losses: dict[str, float]) -> str:
+    """Image ids and their losses, for a message."""
+    return f"image ids {images}: " + ", ".join(f"{k} {value:.4g}" for k, value in losses.items())
+
+
 def _take_step(
     record: dict[str, float],
     step: int,
@@ -390,7 +408,7 @@ def _take_step(
 ) -> dict[str, float]:
     """Moves the parameters and returns the record, if it is finite; else leaves the step out, with
     a record that says so, or raises LossError."""
-    wrong = [name for name, value in record.items() if not math.isfinite(value)]
+    wrong = _not_finite(record)
     if not wrong:
         scaler.step(optimizer)
         scaler.update()
@@ -399,8 +417,7 @@ def _take_step(
     overflow = scaler.is_enabled() and wrong == ["grad_norm"]
     skips.in_a_row, skips.total = skips.in_a_row + 1, skips.total + 1
     images = [image_id for batch in micro_batches for image_id in batch["image_ids"]]
-    found = f"step {step}, image ids {images}: "
-    found += ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+    found = f"step {step}, {_terms(images, record)}"
     remedy = "--mixed_precision bf16, or " if scaler.is_enabled() else ""
     remedy += "lower --learning_rate, or check these images with `python prepare_data.py validate`"
     if skips.in_a_row > MOST_SKIPPED_IN_A_ROW:

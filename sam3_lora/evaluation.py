@@ -210,7 +210,11 @@ def evaluate_split(
 
     Returns:
         (summary, results): `DetectionAccumulator.summary` with `losses`, the images' mean of every
-        loss term, and `iou` of the queries matched to objects; all detections as COCO results.
+        loss term, and `iou` of the queries matched to objects, None without any; all detections as
+        COCO results.
+
+    Raises:
+        LossError: a loss is not finite.
     """
     found: dict[int, Detections] = {}
     sums: dict[str, float] = defaultdict(float)
@@ -228,7 +232,8 @@ def evaluate_split(
     accumulator = DetectionAccumulator(score_threshold, max_detections)
     for image_id, detections in found.items():
         accumulator.add_image(image_id, detections, detections["rles"])
-    means = {name: value / max(weights[name], 1) for name, value in sums.items()}
+    # Without any object there is no IoU.
+    means = {name: value / weights[name] if weights[name] else None for name, value in sums.items()}
     return {**accumulator.summary(split), "losses": means}, accumulator.results()
 
 
