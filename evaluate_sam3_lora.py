@@ -70,7 +70,7 @@ from sam3_lora.config import (
 )
 from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS, PromptDataset, other_words
 from sam3_lora.drawing import draw_panel
-from sam3_lora.engine import TooLargeError
+from sam3_lora.engine import LossError, TooLargeError
 from sam3_lora.evaluation import evaluate_split, load_forward, resolve_model
 from sam3_lora.files import check_writable, write_json, write_picture, write_text
 from sam3_lora.forward import Forward
@@ -404,7 +404,7 @@ def write_pictures(
         say("\n" + verdict(metrics) + "\n")
 
 
-@user_errors(ConfigError, DatasetError, AdapterError, ModelError, TooLargeError)
+@user_errors(ConfigError, DatasetError, AdapterError, ModelError, LossError, TooLargeError)
 def main(argv: list[str] | None = None) -> int:
     """Evaluates what the flags name."""
     args = build_parser().parse_args(argv)

@@ -27,6 +27,7 @@ from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import ModelError, image_size, load_model, num_queries, train_adapted
 from sam3_lora.prediction import Prompts, find
+from sam3_lora.runlog import mean_record, progress_text
 from sam3_lora.scenes import DEFECTS, demo_split, write_scenes
 
 BASE = "demo/sam3_tiny"
@@ -61,9 +62,9 @@ def adapt_and_train(data: Path, output_dir: Path) -> Path:
     )
     log = []
     for record in records:
-        log.append(engine.mean_record([record], torch.device("cpu")))
+        log.append(mean_record([record], torch.device("cpu")))
         if record["step"] % 10 == 0:
-            sys.stdout.write(f"step {record['step']}: {engine.progress_text(log[-1])}\n")
+            sys.stdout.write(f"step {record['step']}: {progress_text(log[-1])}\n")
     draw_curves(log, output_dir / "curves.png")
     # 4. An adapter file carries what re-creates it.
     path = output_dir / checkpoint.ADAPTER_FILE

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lora_layers import AdapterError, apply_lora, count_parameters, lora_table
-from sam3_lora import checkpoint, engine, memory, processes
+from sam3_lora import checkpoint, engine, memory, processes, runlog
 from sam3_lora.coco import CocoSplit, DatasetError, read_splits
 from sam3_lora.config import (
     Config,
@@ -74,12 +74,11 @@ from sam3_lora.model import (
     train_adapted,
 )
 from sam3_lora.overview import detections_panel
-from sam3_lora.runlog import RunLog, RunLogError, check_packages
 
 log = logging.getLogger("train")
 
 # What a user can cause, beside what `user_errors` knows.
-ERRORS = (DatasetError, AdapterError, ModelError, FeatureError, RunLogError)
+ERRORS = (DatasetError, AdapterError, ModelError, FeatureError, runlog.RunLogError)
 ERRORS += (engine.LossError, engine.TooLargeError, LoaderError)
 # Keys of the training section that `PromptDataset` takes as they are.
 OF_DATASET = ("prompts_per_image", "out_of_domain_prompts", "augment", "flip_probability")
@@ -104,21 +103,10 @@ class Run:
     limits: engine.Limits
     plan: engine.Plan
     cache: FeatureCache | None = None
-    step: int = 0
-    records: list[dict[str, Any]] = field(default_factory=list)  # since the last line of the log
-    best: list[float] | None = None
-    stale: int = 0  # evaluations since the best
-    evaluated: int = -1  # step of the last evaluation
-    figure: list[float] | None = None  # of the last evaluation
-    val: dict[str, Any] = field(default_factory=dict)
-    runlog: RunLog | None = None  # open from `open_folder` on, in the main process
+    at: runlog.Progress = field(default_factory=runlog.Progress)
+    skips: engine.Skips = field(default_factory=engine.Skips)
+    runlog: runlog.RunLog | None = None  # open from `open_folder` on, in the main process
     signals: processes.SignalWatch = field(default_factory=processes.SignalWatch)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the run ends early."""
-        patience = self.config.training.early_stopping_patience
-        return patience is not None and self.stale >= patience
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -182,6 +170,7 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         cache=cache,
         limits=engine.Limits(training.batch_size, config.hardware.max_rows_per_forward),
         plan=plan,
+        skips=engine.Skips(training.non_finite == "skip"),
     )
 
 
@@ -247,29 +236,14 @@ def open_folder(run: Run) -> None:
     if moved:
         log.warning("%s held an earlier run: renamed to %s", run.folder, moved)
     describe_run(run)
-    run.runlog = RunLog(
+    run.runlog = runlog.RunLog(
         run.folder,
-        run.step,
-        evaluated=run.evaluated == run.step,
+        run.at.step,
+        evaluated=run.at.evaluated == run.at.step,
         tensorboard=output.tensorboard,
         wandb=output.wandb,
         settings=plain_config(run.config),
     )
-
-
-def build_features(run: Run) -> None:
-    """Computes what is missing of the cache, if there is one."""
-    if run.cache is None:
-        return
-    missing = [[(view, index)] for index, view in run.cache.missing()]
-    log.info("%s, %d views to compute", run.cache, len(missing))
-    run.train_set.parts = ("image",)
-    photos = build_loader(run.train_set, missing, run.config.hardware.num_workers)
-    built = run.cache.build(photos)
-    for _ in tqdm(built, "features", len(missing), disable=not processes.shows_progress()):
-        pass
-    processes.wait()  # for what the others compute
-    run.train_set.parts = ("targets",)
 
 
 def to_training(run: Run) -> None:
@@ -306,20 +280,19 @@ def resume(run: Run) -> None:
     newest = checkpoint.checkpoints(run.folder)[-1]
     parts = run.forward.model, run.optimizer, run.scaler
     state = checkpoint.restore(newest, *parts, rank=processes.rank())
-    run.step, run.best, run.figure = state["step"], state["best"], state["figure"]
+    run.at = runlog.Progress.resumed(state)
     # Earlier checkpoints have none of these.
-    run.stale, run.records = state.get("stale", 0), state.get("records", [])
     run.plan.images_per_step = state.get("images_per_step", run.plan.images_per_step)
-    run.evaluated = run.step if run.figure else -1
-    finished = "; it stopped early: raise --early_stopping_patience" if run.stopped else ""
-    if run.step >= run.plan.total_steps:
+    run.skips.in_a_row, run.skips.total = state.get("skips", (0, 0))
+    finished = "; it stopped early: raise --early_stopping_patience" if is_stopped(run) else ""
+    if run.at.step >= run.plan.total_steps:
         finished = "; it is finished: raise --max_steps"
-    log.info("resuming %s at step %d of %d%s", newest, run.step, run.plan.total_steps, finished)
+    log.info("resuming %s at step %d of %d%s", newest, run.at.step, run.plan.total_steps, finished)
 
 
 def evaluate_now(run: Run) -> None:
     """Evaluates on the validation split, once a step, and keeps the adapter if it is the best."""
-    if run.val_set is None or run.evaluated == run.step:
+    if run.val_set is None or run.at.evaluated == run.at.step:
         return
     config = run.config
     forward = replace(run.forward, one_to_many=False, masks=run.val_set.has_masks())
@@ -338,18 +311,15 @@ def evaluate_now(run: Run) -> None:
         max_detections=config.evaluation.max_detections,
         score_threshold=config.evaluation.score_threshold,
     )
-    run.evaluated = run.step
-    run.val = validation_figures(summary)
-    run.figure = rank(run.val, config.evaluation.best_metric)
-    log.info("step %d, validation: %s", run.step, describe(run.val))
-    better = run.best is None or run.figure > run.best
-    run.best, run.stale = (run.figure, 0) if better else (run.best, run.stale + 1)
+    figures = validation_figures(summary)
+    better = run.at.judge(figures, rank(figures, config.evaluation.best_metric))
+    log.info("step %d, validation: %s", run.at.step, describe(figures))
     if run.runlog:
-        run.runlog.add_row({"step": run.step, "val": run.val})
+        run.runlog.add_row({"step": run.at.step, "val": run.at.val})
         if better:
             save_model(run, "best_model")
         threshold = config.evaluation.score_threshold
-        run.runlog.show(run.step, detections_panel(run.val_set.split, results, threshold))
+        run.runlog.show(run.at.step, detections_panel(run.val_set.split, results, threshold))
     to_training(run)
 
 
@@ -362,8 +332,8 @@ def adapter_description(run: Run) -> dict[str, Any]:
         "base_model": run.config.model.name,
         "geometry_cls": run.config.model.geometry_cls,
         "categories": {name: split.phrase(c) for c, name in split.categories.items()},
-        "step": run.step,
-        "metrics": dict(run.val),
+        "step": run.at.step,
+        "metrics": dict(run.at.val),
     }
 
 
@@ -383,29 +353,28 @@ def save_settings(run: Run, folder: Path) -> None:
 def save_now(run: Run) -> None:
     """Writes a checkpoint and removes those beyond the limit."""
     state = {
+        **run.at.state(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
-        "best": run.best,
-        "stale": run.stale,
-        "figure": run.figure if run.evaluated == run.step else None,
-        "records": run.records,
+        "skips": (run.skips.in_a_row, run.skips.total),
+        "figure": run.at.figure if run.at.evaluated == run.at.step else None,
         "images_per_step": run.plan.images_per_step,
         "rng": processes.gather(checkpoint.rng_state()),
     }
     if not run.runlog:
         return
-    checkpoint.save_checkpoint(run.folder, run.step, state, adapter_description(run))
+    checkpoint.save_checkpoint(run.folder, run.at.step, state, adapter_description(run))
     checkpoint.remove_old_checkpoints(run.folder, run.config.training.save_total_limit)
     if run.val_set is None:
         save_model(run, "best_model")
-        run.runlog.show(run.step)
+        run.runlog.show(run.at.step)
 
 
 def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
     """The rest of an epoch as `engine.train_one_epoch` takes it, and its number of steps."""
     training, hardware = run.config.training, run.config.hardware
-    done = run.step - epoch * run.plan.steps_per_epoch
-    count = min(run.plan.steps_per_epoch - done, run.plan.total_steps - run.step)
+    done = run.at.step - epoch * run.plan.steps_per_epoch
+    count = min(run.plan.steps_per_epoch - done, run.plan.total_steps - run.at.step)
     steps = epoch_batches(
         len(run.train_set), run.plan.images_per_step, epoch, training.seed, shuffle=True
     )[done : done + count]
@@ -423,10 +392,11 @@ def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
             training.lr_schedule, s, run.plan.total_steps, run.plan.warmup_steps
         ),
         run.limits,
-        step=run.step,
+        step=run.at.step,
         sizes=sizes,
         max_grad_norm=training.max_grad_norm,
         scaler=run.scaler,
+        skips=run.skips,
     )
     return records, count
 
@@ -438,47 +408,53 @@ def train_epoch(run: Run, epoch: int) -> None:
     label = f"epoch {epoch + 1}/{run.plan.epochs}"
     with tqdm(records, label, steps, disable=not processes.shows_progress()) as bar:
         for record in bar:
-            run.step = record["step"]
-            run.records.append(record)
-            if run.step % run.config.output.logging_steps == 0 or run.step == run.plan.total_steps:
+            run.at.step = record["step"]
+            run.at.records.append(record)
+            if run.plan.is_due(run.at.step, run.config.output.logging_steps):
                 bar.set_postfix_str(log_steps(run, epoch))
             end_step(run)
-            if run.stopped:
+            if is_stopped(run):
                 break
             run.signals.check()
 
 
+def is_stopped(run: Run) -> bool:
+    """Whether the run ends early."""
+    patience = run.config.training.early_stopping_patience
+    return patience is not None and run.at.stale >= patience
+
+
 def log_steps(run: Run, epoch: int) -> str:
     """Logs the means of the steps since the last line; returns them for eyes."""
-    row = engine.mean_record(run.records, run.forward.device)
-    run.records, text = [], engine.progress_text(row)
+    row = runlog.mean_record(run.at.records, run.forward.device)
+    run.at.records, text = [], runlog.progress_text(row)
     if run.runlog:
         run.runlog.add_row({**row, "epoch": epoch + 1})
-        log.info("step %d/%d: %s", run.step, run.plan.total_steps, text)
+        log.info("step %d/%d: %s", run.at.step, run.plan.total_steps, text)
     return text
 
 
 def end_step(run: Run) -> None:
     """What is due after a step: an evaluation, a checkpoint; both at the end of an epoch."""
     training = run.config.training
-    ends = run.plan.ends_epoch(run.step)
-    if ends or run.step % training.eval_steps == 0:
+    ends = run.plan.ends_epoch(run.at.step)
+    if ends or run.at.step % training.eval_steps == 0:
         evaluate_now(run)
-    if ends or run.step % training.save_steps == 0 or run.stopped:
+    if ends or run.at.step % training.save_steps == 0 or is_stopped(run):
         save_now(run)
 
 
 def train(run: Run) -> None:
     """All epochs."""
-    if run.step:
+    if run.at.step:
         end_step(run)  # a checkpoint may have come before an evaluation of its step
-    while run.step < run.plan.total_steps and not run.stopped:
-        train_epoch(run, run.step // run.plan.steps_per_epoch)
-    if run.records:
-        log_steps(run, (run.step - 1) // run.plan.steps_per_epoch)
-    if run.stopped:
+    while run.at.step < run.plan.total_steps and not is_stopped(run):
+        train_epoch(run, run.at.step // run.plan.steps_per_epoch)
+    if run.at.records:
+        log_steps(run, (run.at.step - 1) // run.plan.steps_per_epoch)
+    if is_stopped(run):
         text = "stopped early at step %d: %d evaluations without a better %s"
-        log.info(text, run.step, run.stale, run.config.evaluation.best_metric)
+        log.info(text, run.at.step, run.at.stale, run.config.evaluation.best_metric)
 
 
 def train_or_save(run: Run) -> None:
@@ -490,12 +466,12 @@ def train_or_save(run: Run) -> None:
     except (processes.Stopped, *BETWEEN_STEPS) as error:
         # A process that is alone with its error cannot save: the others know nothing of it.
         together = isinstance(error, processes.Stopped) or processes.count() == 1
-        if run.step and together:
+        if run.at.step and together:
             save_now(run)
         if checkpoint.checkpoints(run.folder):
             words = [os.path.relpath(__file__), "--config", str(run.folder / "config.yaml")]
             command = processes.command([*words, "--resume"])
-            log.warning("stopped at step %d; to go on: %s", run.step, command)
+            log.warning("stopped at step %d; to go on: %s", run.at.step, command)
         raise
 
 
@@ -511,7 +487,7 @@ def main(argv: list[str] | None = None) -> int:
     with processes.joined():
         # 1. Packages, folder and data before weights: their faults show in seconds.
         output, data, most = config.output, config.training, config.evaluation.max_val_images
-        check_packages(tensorboard=output.tensorboard, wandb=output.wandb)
+        runlog.check_packages(tensorboard=output.tensorboard, wandb=output.wandb)
         checkpoint.check_folder(output.output_dir, output.resume)
         splits = read_splits(data.train_data_path, data.val_data_path, most)
         check_stopping(config, splits[1] is not None)
@@ -520,15 +496,19 @@ def main(argv: list[str] | None = None) -> int:
         run = build_run(config, splits)
         if processes.rank():  # dropout and sampled points of its own
             engine.seed_everything((data.seed + processes.rank()) % 2**32)
+        if run.cache:
+            with logging_redirect_tqdm():
+                run.cache.fill(run.train_set, config.hardware.num_workers)
+        open_folder(run)
+        # 3. Epochs.
         with logging_redirect_tqdm():
-            build_features(run)
-            open_folder(run)
-            # 3. Epochs.
             train_or_save(run)
         # 4. The end of the run.
         if run.runlog:
             save_model(run, "last_model")
             run.runlog.close()
+    if run.skips.total:
+        log.info("%d steps left out, as not finite: see train.log", run.skips.total)
     log.info("done: %s", run.folder / "best_model" / checkpoint.ADAPTER_FILE)
     return 0
 

@@ -27,6 +27,7 @@ from sam3_lora.forward import PADDING_BOX, VISUAL_PROMPT, Forward
 from sam3_lora.loader import collate_fn
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import choose_device, image_size, load_model
+from sam3_lora.runlog import mean_record
 from sam3_lora.scenes import BOX_SHARE, WORDS, draw_prompt, draw_shapes
 
 log = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ def pretrain(
     for record in records:
         recent.append(record)
         if record["step"] % LOG_STEPS == 0:
-            row = engine.mean_record(list(recent), model.device)
+            row = mean_record(list(recent), model.device)
             log.info("step %d: %s", row["step"], _terms(row))
         if record["step"] % SAVE_STEPS == 0:
             model.save_pretrained(folder)

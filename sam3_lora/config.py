@@ -38,7 +38,7 @@ _KINDS |= {str: "a name", tuple: "names, such as q_proj,v_proj"}
 # Settings that a resumed run may change: how long, how often; none that steps done depend on.
 _MAY_CHANGE = (
     *("num_epochs", "max_steps", "eval_steps", "save_steps", "save_total_limit"),
-    "early_stopping_patience",
+    *("early_stopping_patience", "non_finite"),
     *("train_data_path", "val_data_path", "init_lora_weights", "cache_dir", "cache_limit_gb"),
 )
 # Names that other trainers use and that look nothing like ours.

@@ -18,13 +18,10 @@ import importlib.metadata
 import itertools
 import logging
 import math
-import os
 import platform
 import random
 import subprocess
-import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,11 +34,6 @@ from torch import nn
 
 from sam3_lora import processes
 
-try:
-    import resource
-except ImportError:  # Windows has no such module
-    resource = None
-
 log = logging.getLogger(__name__)
 
 # What a batch holds for each image (the last for pretraining the demo model); the rest is by row.
@@ -50,6 +42,10 @@ PER_IMAGE += ("trunk", "fpn_0", "fpn_1", "geometry")
 
 # The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
 LONGEST_WARMUP = 0.1
+
+# So many steps in a row may be left out. 16 halvings take a gradient scaler from its first scale,
+# 2^16, to none; gradients that still overflow after nearly as many again will not come right.
+MOST_SKIPPED_IN_A_ROW = 30
 
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
@@ -83,6 +79,21 @@ class Limits:
         self.images = images // 2 if images > 1 else self.images
         self.rows = rows // 2 if rows > 1 else self.rows
         return images > 1 or rows > 1
+
+
+@dataclass
+class Skips:
+    """Optimizer steps left out of a run, as a loss or gradient was not finite.
+
+    Args:
+        allowed: whether such a step is left out, not the end; what overflows in fp16 always is.
+        in_a_row: since the last step that was taken.
+        total: of the run.
+    """
+
+    allowed: bool = False
+    in_a_row: int = 0
+    total: int = 0
 
 
 class TooLargeError(torch.OutOfMemoryError):
@@ -173,9 +184,13 @@ class Plan:
         """Steps of warm-up: no more than LONGEST_WARMUP of the run."""
         return min(self.longest_warmup, int(LONGEST_WARMUP * self.total_steps))
 
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps, and at the run's end, is due."""
+        return step % every == 0 or step == self.total_steps
+
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch, or the run, ends with this step."""
-        return step % self.steps_per_epoch == 0 or step == self.total_steps
+        return self.is_due(step, self.steps_per_epoch)
 
 
 def train_one_epoch(
@@ -191,6 +206,7 @@ def train_one_epoch(
     sizes: Iterable[int] = itertools.repeat(1),
     max_grad_norm: float = 0.1,
     scaler: torch.amp.GradScaler | None = None,
+    skips: Skips | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Takes the optimizer steps of an epoch, yielding a record after each.
 
@@ -203,15 +219,18 @@ def train_one_epoch(
         step: steps done before.
         sizes: micro-batches of each step; 0 where the other processes have them all.
         max_grad_norm: L2 norm gradients are clipped to; 0 leaves them.
+        skips: whether steps that are not finite are left out, and their count; None: they are not.
 
     Yields:
-        `step` (from 1), the terms, `grad_norm` unclipped, `lr`, `counts`, `images`, `seconds`.
+        `step` (from 1), the terms, `grad_norm` unclipped, `lr`, `counts`, `images`, `seconds`; of
+        a step left out `skipped`, 1, for the terms and `grad_norm`.
 
     Raises:
-        LossError: a loss or gradient is not finite; no parameter has moved.
+        LossError: a loss or gradient is not finite, or more than MOST_SKIPPED_IN_A_ROW steps were
+            left out in a row; no parameter has moved.
         TooLargeError: one image and one row at a time do not fit either; likewise.
     """
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    scaler, skips = scaler or torch.amp.GradScaler(enabled=False), skips or Skips()
     iterator, started = iter(batches), time.perf_counter()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for size in sizes:
@@ -224,11 +243,8 @@ def train_one_epoch(
         totals = processes.sum_gradients(parameters, totals)
         totals["grad_norm"] = _clip(optimizer, scaler, max_grad_norm)
         step += 1
-        record = _to_numbers(totals)
-        _check_finite(record, step, micro_batches, scaler.is_enabled())
-        scaler.step(optimizer)
-        scaler.update()
         images = counts.pop("images")
+        record = _take_step(_to_numbers(totals), step, micro_batches, optimizer, scaler, skips)
         record |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "counts": counts}
         yield record | {"images": images, "seconds": time.perf_counter() - started}
         started = time.perf_counter()  # what the caller did meanwhile is not the step's
@@ -378,6 +394,7 @@ def evaluate(
         The caller sets eval mode.
 
     Raises:
+        LossError: a loss is not finite.
         TooLargeError: as `train_one_epoch`.
     """
     limits = Limits(1, max_rows)
@@ -388,12 +405,19 @@ def evaluate(
         while start < total:
             work = partial(_chunk, forward, criterion, features, batch, counts, limits, start)
             rows, outputs, losses = _within_memory(work, limits, 1, total - start)
+            losses = _to_numbers(losses)
+            if _not_finite(losses):
+                raise LossError(
+                    "expected finite losses, found in evaluation, "
+                    f"{_terms(batch['image_ids'], losses)}; try --mixed_precision no, or an "
+                    "adapter trained at a lower --learning_rate"
+                )
             yield {
                 "batch": batch,
                 "rows": rows,
                 "outputs": outputs,
                 "counts": counts,
-                "losses": _to_numbers(losses),
+                "losses": losses,
             }
             start = rows.stop
 
@@ -419,20 +443,49 @@ def _to_numbers(values: Losses) -> dict[str, float]:
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-def _check_finite(
-    record: dict[str, float], step: int, micro_batches: list[Batch], scaled: bool
-) -> None:
-    """Stops on a loss or gradient that is not finite; under fp16 the scaler sees to gradients."""
-    watched = ("loss",) if scaled else ("loss", "grad_norm")
-    if all(math.isfinite(record[name]) for name in watched):
-        return
+def _not_finite(losses: dict[str, float]) -> list[str]:
+    """Names of the losses that are NaN or infinite."""
+    return [name for name, value in losses.items() if not math.isfinite(value)]
+
+
+def _terms(images: list, losses: dict[str, float]) -> str:
+    """Image ids and their losses, for a message."""
+    return f"image ids {images}: " + ", ".join(f"{k} {value:.4g}" for k, value in losses.items())
+
+
+def _take_step(
+    record: dict[str, float],
+    step: int,
+    micro_batches: list[Batch],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    skips: Skips,
+) -> dict[str, float]:
+    """Moves the parameters and returns the record, if it is finite; else leaves the step out, with
+    a record that says so, or raises LossError."""
+    wrong = _not_finite(record)
+    if not wrong:
+        scaler.step(optimizer)
+        scaler.update()
+        skips.in_a_row = 0
+        return record
+    overflow = scaler.is_enabled() and wrong == ["grad_norm"]
+    skips.in_a_row, skips.total = skips.in_a_row + 1, skips.total + 1
     own = [image_id for batch in micro_batches for image_id in batch["image_ids"]]
     images = [image_id for ids in processes.gather(own) for image_id in ids]
-    terms = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
-    raise LossError(
-        f"expected finite losses, found at step {step}, image ids {images}: {terms}; lower "
-        "--learning_rate, or check these images with `python prepare_data.py validate`"
-    )
+    found = f"step {step}, {_terms(images, record)}"
+    remedy = "--mixed_precision bf16, or " if scaler.is_enabled() else ""
+    remedy += "lower --learning_rate, or check these images with `python prepare_data.py validate`"
+    if skips.in_a_row > MOST_SKIPPED_IN_A_ROW:
+        times = f"{skips.in_a_row} in a row that are not, the last at"
+        raise LossError(f"expected finite losses and gradients, found {times} {found}; {remedy}")
+    if not (overflow or skips.allowed):
+        remedy += "; --non_finite skip leaves such steps out"
+        raise LossError(f"expected finite losses, found at {found}; {remedy}")
+    # A scale that overflows is halved; a loss that is not finite says nothing of the scale.
+    scaler.update(None if overflow else scaler.get_scale())
+    log.log(logging.INFO if overflow else logging.WARNING, "left out, as not finite: %s", found)
+    return {"skipped": 1.0}
 
 
 def environment(source: Path) -> str:
@@ -445,59 +498,3 @@ def environment(source: Path) -> str:
     library = importlib.metadata.version("transformers")
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
     return f"sam3-lora {commit}, {versions}, transformers {library}"
-
-
-def memory_use(device: torch.device) -> tuple[float, float] | None:
-    """Peak memory of this run and all there is, in GB (10^9 bytes): of the GPU, or of the process.
-
-    Returns:
-        (peak, total), or None where the system does not tell.
-    """
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return torch.cuda.max_memory_allocated(device) / 1e9, total / 1e9
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB on Linux
-    return peak / 1e9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-
-
-def mean_record(records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """The log's line for some steps: means of the last layer's terms, speed, memory.
-
-    Args:
-        records: of `train_one_epoch`, one a step.
-        device: where the model runs.
-
-    Returns:
-        `step` and `lr` of the last one, each term's mean, `train_iou` over steps with objects,
-        `it_per_s`, `img_per_s`, and where the system tells `memory_gb`, `memory_percent`.
-    """
-    sums: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        for name, value in record.items():
-            # A step without objects has no IoU to average.
-            skipped = name in ("seconds", "lr") or "_aux_" in name
-            skipped = skipped or (name == "iou" and not record["counts"]["targets"])
-            if isinstance(value, float) and not skipped:
-                sums["train_iou" if name == "iou" else name].append(value)
-    row = {"step": records[-1]["step"], "lr": records[-1]["lr"]}
-    row |= {name: sum(values) / len(values) for name, values in sums.items()}
-    seconds = sum(record["seconds"] for record in records)
-    row["it_per_s"] = len(records) / seconds
-    row["img_per_s"] = sum(record["images"] for record in records) / seconds
-    if memory := memory_use(device):
-        row["memory_gb"], row["memory_percent"] = memory[0], 100 * memory[0] / memory[1]
-    return row
-
-
-def progress_text(row: dict[str, Any]) -> str:
-    """A line of the log for eyes."""
-    text = f"loss {row['loss']:.3f}, lr {row['lr']:.2e}, {row['it_per_s']:.2f} it/s, "
-    text += f"{row['img_per_s']:.1f} img/s"
-    if "train_iou" in row:
-        text += f", train IoU {row['train_iou']:.3f}"
-    if "memory_gb" in row:
-        text += f", {row['memory_gb']:.2f} GB ({row['memory_percent']:.0f} %)"
-    return text

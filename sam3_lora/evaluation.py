@@ -213,7 +213,11 @@ def evaluate_split(
 
     Returns:
         (summary, results): `DetectionAccumulator.summary` with `losses`, the images' mean of every
-        loss term, and `iou` of the queries matched to objects; all detections as COCO results.
+        loss term, and `iou` of the queries matched to objects, None without any; all detections as
+        COCO results.
+
+    Raises:
+        LossError: a loss is not finite.
     """
     found: dict[int, Detections] = {}
     sums: dict[str, float] = defaultdict(float)
@@ -233,7 +237,8 @@ def evaluate_split(
                     weights[name] += weight
     parts = processes.gather((dict(sums), dict(weights)))
     sums, weights = (_add_up([part[which] for part in parts]) for which in (0, 1))
-    means = {name: value / max(weights[name], 1) for name, value in sums.items()}
+    # Without any object there is no IoU.
+    means = {name: value / weights[name] if weights[name] else None for name, value in sums.items()}
     summary, results = summarize(found, split, max_detections, score_threshold)
     return {**summary, "losses": means}, results
 

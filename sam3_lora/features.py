@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
 import os
 import re
 import shutil
@@ -38,8 +39,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from tqdm import tqdm
 
 from sam3_lora import processes
+from sam3_lora.loader import build_loader
+
+log = logging.getLogger(__name__)
 
 # Raised when what a key stands for, or the content of a file, changes.
 FORMAT = 1
@@ -146,6 +151,25 @@ class FeatureCache:
         folder, those in this one's part."""
         views = list(self.keys) if self.folder is None else processes.share(list(self.keys))
         return list({self.keys[view]: view for view in views if not self._has(view)}.values())
+
+    def fill(self, dataset: Any, num_workers: int) -> None:
+        """Computes what is missing, under a progress bar; the data set's items then need no image.
+
+        Args:
+            dataset: as given.
+            num_workers: processes that read the images.
+
+        Raises:
+            FeatureError: as `build`.
+        """
+        missing = [[(view, index)] for index, view in self.missing()]
+        log.info("%s, %d views to compute", self, len(missing))
+        dataset.parts = ("image",)
+        built = self.build(build_loader(dataset, missing, num_workers))
+        for _ in tqdm(built, "features", len(missing), disable=not processes.shows_progress()):
+            pass
+        processes.wait()  # for what the others compute
+        dataset.parts = ("targets",)
 
     @torch.no_grad()
     def build(self, batches: Iterable[Batch]) -> Iterator[View]:

@@ -16,6 +16,7 @@ _CACHES = ("off", "ram", "disk")
 _CHECKPOINTING = ("auto", "off", "mlp", "full")
 _METRICS = ("ap", "ap50", "cgf1", "iou", "loss")
 _DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
+_NON_FINITE = ("stop", "skip")
 _PRECISIONS = ("auto", "bf16", "fp16", "no")
 
 
@@ -55,6 +56,9 @@ class TrainingSection:
     learning_rate: float = _key(1e-4, "peak learning rate", above=0, high=1)
     weight_decay: float = _key(0.01, "AdamW weight decay on the adapter", low=0)
     max_grad_norm: float = _key(0.1, "gradients are clipped to this norm", above=0)
+    non_finite: str = _key(
+        "stop", "a step whose loss or gradient is NaN or infinite", choices=_NON_FINITE
+    )
     lr_schedule: str = _key("cosine", "learning rate after the warm-up", choices=_SCHEDULES)
     warmup_steps: int = _key(100, "steps of linear warm-up", low=0)
     seed: int = _key(42, "seed of every random choice", low=0, high=MAX_SEED)

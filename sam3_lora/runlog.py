@@ -17,19 +17,69 @@ import io
 import json
 import os
 import secrets
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sam3_lora.drawing import draw_curves
 from sam3_lora.files import write_picture, write_text
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None
 
 LOG_FILE = "log.jsonl"
 TABLE_FILE = "metrics.csv"
 WANDB_ID_FILE = "wandb_id.txt"
 # Optional package -> what is imported of it.
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Args:
+        step: optimizer steps done.
+        records: of `engine.train_one_epoch`, of the steps since the last line of the log.
+        best, stale: the best evaluation's figure (`evaluation.rank`), and evaluations since.
+        evaluated, figure, val: step of the last evaluation, its figure, all its figures by name.
+    """
+
+    step: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    best: list[float] | None = None
+    stale: int = 0
+    evaluated: int = -1
+    figure: list[float] | None = None
+    val: dict[str, Any] = field(default_factory=dict)
+
+    def judge(self, figures: dict[str, Any], figure: list[float]) -> bool:
+        """Takes an evaluation of this step; returns whether it is the best so far."""
+        better = self.best is None or figure > self.best
+        self.evaluated, self.val, self.figure = self.step, figures, figure
+        self.best, self.stale = (figure, 0) if better else (self.best, self.stale + 1)
+        return better
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; `figure` is None where this step was not evaluated."""
+        figure = self.figure if self.evaluated == self.step else None
+        names = ("records", "best", "stale", "val")
+        return {"figure": figure, **{name: getattr(self, name) for name in names}}
+
+    @classmethod
+    def resumed(cls, state: dict[str, Any]) -> Progress:
+        """From a checkpoint's state, of an earlier version too."""
+        names = {item.name for item in fields(cls)}
+        found = cls(**{name: value for name, value in state.items() if name in names})
+        found.evaluated = found.step if found.figure else -1
+        return found
 
 
 class RunLogError(RuntimeError):
@@ -64,6 +114,66 @@ def flat_figures(row: dict[str, Any]) -> dict[str, Any]:
     if "val" in row:
         return {f"val/{name}": value for name, value in row["val"].items()}
     return {f"train/{k.removeprefix('train_')}": v for k, v in row.items() if k != "step"}
+
+
+def memory_use(device: torch.device) -> tuple[float, float] | None:
+    """Peak memory of this run and all there is, in GB (10^9 bytes): of the GPU, or of the process.
+
+    Returns:
+        (peak, total), or None where the system does not tell.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device) / 1e9, total / 1e9
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB on Linux
+    return peak / 1e9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def mean_record(records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """The log's line for some steps: means of the last layer's terms, speed, memory.
+
+    Args:
+        records: of `engine.train_one_epoch`, one a step.
+        device: where the model runs.
+
+    Returns:
+        `step` and `lr` of the last one, each term's mean over the steps taken, `train_iou` over
+        those with objects, `skipped`, the number left out, if any, `it_per_s`, `img_per_s`, and
+        where the system tells `memory_gb`, `memory_percent`.
+    """
+    sums: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        for name, value in record.items():
+            # A step without objects has no IoU to average.
+            unused = name in ("seconds", "lr", "skipped") or "_aux_" in name
+            unused = unused or (name == "iou" and not record["counts"]["targets"])
+            if isinstance(value, float) and not unused:
+                sums["train_iou" if name == "iou" else name].append(value)
+    row = {"step": records[-1]["step"], "lr": records[-1]["lr"]}
+    row |= {name: sum(values) / len(values) for name, values in sums.items()}
+    if skipped := sum(record.get("skipped", 0) for record in records):
+        row["skipped"] = skipped
+    seconds = sum(record["seconds"] for record in records)
+    row["it_per_s"] = len(records) / seconds
+    row["img_per_s"] = sum(record["images"] for record in records) / seconds
+    if memory := memory_use(device):
+        row["memory_gb"], row["memory_percent"] = memory[0], 100 * memory[0] / memory[1]
+    return row
+
+
+def progress_text(row: dict[str, Any]) -> str:
+    """A line of the log for eyes."""
+    text = f"loss {row['loss']:.3f}, " if "loss" in row else ""
+    text += f"{row['skipped']:.0f} left out, " if "skipped" in row else ""
+    text += f"lr {row['lr']:.2e}, {row['it_per_s']:.2f} it/s, {row['img_per_s']:.1f} img/s"
+    if "train_iou" in row:
+        text += f", train IoU {row['train_iou']:.3f}"
+    if "memory_gb" in row:
+        text += f", {row['memory_gb']:.2f} GB ({row['memory_percent']:.0f} %)"
+    return text
 
 
 class RunLog:

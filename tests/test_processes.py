@@ -262,7 +262,7 @@ def stop_at(step: int, number: int | None) -> None:
     original = train_sam3_lora.log_steps
 
     def log_steps(run, epoch):
-        if run.step == step and number:
+        if run.at.step == step and number:
             os.kill(os.getpid(), number)
         return original(run, epoch)
 
@@ -287,7 +287,7 @@ class TestSignals:
             original = train_sam3_lora.end_step
 
             def end_step(run):
-                if run.step == step:  # within it: the evaluation of this step is left out
+                if run.at.step == step:  # within it: the evaluation of this step is left out
                     os.kill(os.getpid(), number)
                 original(run)
 
@@ -337,7 +337,7 @@ class TestSignals:
             original = train_sam3_lora.log_steps
 
             def log_steps(run, epoch):
-                if run.step == 3:
+                if run.at.step == 3:
                     for child in Path("/proc/self/task").glob("*/children"):
                         for pid in child.read_text().split():
                             os.kill(int(pid), signal.SIGKILL)

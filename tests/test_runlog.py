@@ -380,7 +380,7 @@ def test_a_validation_is_logged_once(train, tmp_path, monkeypatch):
     save = train_sam3_lora.save_now
 
     def killed(run):
-        if run.evaluated == run.step:
+        if run.at.evaluated == run.at.step:
             raise KeyboardInterrupt
         save(run)
 
