@@ -134,7 +134,8 @@ def read_adapter(path: Path) -> dict[str, Any]:
     wrong = [k for k, kind in ENTRIES.items() if not isinstance(content.get(k), kind)]
     if wrong:
         raise AdapterError(
-            f"{path}: expected a complete adapter, found no valid {', '.join(wrong)}"
+            f"{path}: expected a complete adapter, found no valid {', '.join(wrong)}; take the "
+            "adapter from its run again"
         )
     if content["version"] > VERSION:
         raise AdapterError(
@@ -148,11 +149,15 @@ def read_adapter(path: Path) -> dict[str, Any]:
     fields |= {k: float(fields[k]) for k in whole}
     odd = [k for k in known.keys() | fields.keys() if type(fields.get(k)) is not known.get(k)]
     if odd:
-        raise AdapterError(f"{path}: lora_config: expected {known}, found other {', '.join(odd)}")
-    odd = [k for k, v in content["lora"].items() if not _is_finite_tensor(v)]
+        raise AdapterError(
+            f"{path}: lora_config: expected {', '.join(known)} alone, of their types, found other "
+            f"{', '.join(map(str, odd))}; take the adapter from its run again"
+        )
+    odd = [k for k, v in content["lora"].items() if not (isinstance(k, str) and is_matrix(v))]
     if odd:
         raise AdapterError(
-            f"{path}: expected finite tensors, found {odd[0]} and {len(odd) - 1} more"
+            f"{path}: expected matrices of finite numbers, found {odd[0]!r:.80} and "
+            f"{len(odd) - 1} more; take the adapter from its run again"
         )
     check_description(content, path)
     return {**content, "lora_config": LoRAConfig(**fields)}
@@ -211,9 +216,18 @@ def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict
     _write({**_read(path), "thresholds": thresholds, "calibration": calibration}, path)
 
 
-def _is_finite_tensor(value: Any) -> bool:
-    """Whether a value can be a weight."""
-    return isinstance(value, torch.Tensor) and bool(value.isfinite().all())
+def is_matrix(value: Any) -> bool:
+    """Whether a value, of a file of anyone's, can be A or B: of real numbers that are finite, each
+    of them stored. A view of a few numbers can stand for more than fit in memory."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        and value.ndim == 2
+        and value.nbytes <= value.untyped_storage().nbytes()
+        and bool(value.isfinite().all())
+    )
 
 
 def load_adapter(
@@ -234,12 +248,15 @@ def load_adapter(
     """
     content = content or read_adapter(path)
     check_base(content, model, path)
-    apply_lora(model, content["lora_config"])
     try:
-        load_lora_state_dict(model, content["lora"])
-    except AdapterError:
-        remove_lora(model)
-        raise
+        apply_lora(model, content["lora_config"])
+        try:
+            load_lora_state_dict(model, content["lora"])
+        except AdapterError:
+            remove_lora(model)
+            raise
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}; take the adapter from its run again") from error
     return content
 
 
@@ -470,5 +487,5 @@ def _read(path: Path) -> Any:
     except Exception as error:  # any bytes may be in the file; torch raises as many kinds
         raise AdapterError(
             f"{path}: expected a file written by train_sam3_lora.py, found one that cannot be "
-            "read safely (another kind of file, a damaged one, or one with code in it)"
+            "read safely (another kind of file, a damaged one, or one with code in it); name another"
         ) from error
