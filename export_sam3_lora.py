@@ -40,7 +40,14 @@ from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.evaluation import validation_figures
 from sam3_lora.exchange import PEFT_CONFIG, fit, portable_name, read_source, write_peft
 from sam3_lora.files import check_writable
-from sam3_lora.model import PUBLISHED, ModelError, load_model, load_video_model, save_model
+from sam3_lora.model import (
+    PUBLISHED,
+    ModelError,
+    load_model,
+    load_video_model,
+    mark_merged,
+    save_model,
+)
 
 log = logging.getLogger("export")
 
@@ -72,7 +79,6 @@ The difference was not measured here. Evaluate the adapter twice on one split, a
         --metrics as_trained/metrics.json --stock_metrics stock/metrics.json"""
 VIDEO_SNIPPET = """\
 from transformers import Sam3VideoModel, Sam3VideoProcessor
-
 model = Sam3VideoModel.from_pretrained({folder!r}).eval()
 # The processor needs the base's video processor; where it has none, name facebook/sam3.
 processor = Sam3VideoProcessor.from_pretrained({folder!r})"""
@@ -204,7 +210,7 @@ def merge(args: argparse.Namespace) -> Path:
     checkpoint.load_adapter(args.lora_weights, detector, content)
     remove_lora(detector, keep_update=True)
     config = model.config.detector_config if args.video else model.config
-    checkpoint.mark_merged(config, content)
+    mark_merged(config, checkpoint.adapter_fingerprint(content))
 
     def fill(folder: Path) -> None:
         if not save_model(model, name, folder, DTYPES[args.dtype]):
@@ -327,14 +333,9 @@ def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[s
     names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
     if not names:
         return ["The adapter's file holds none."]
-    rows = [
-        [
-            name,
-            *("undefined" if f.get(name) is None else f"{f[name]:.4g}" for f in columns.values()),
-        ]
-        for name in names
-    ]
-    return table(["", *columns], rows)
+    found = [[figures.get(name) for figures in columns.values()] for name in names]
+    shown = [["undefined" if f is None else f"{f:.4g}" for f in row] for row in found]
+    return table(["", *columns], [[name, *row] for name, row in zip(names, shown, strict=True)])
 
 
 def read_metrics(

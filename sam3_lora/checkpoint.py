@@ -32,6 +32,7 @@ from lora_layers import (
     remove_lora,
 )
 from sam3_lora.files import write_atomically
+from sam3_lora.model import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +53,6 @@ ENTRIES = {
 # What a file may say of its adapter.
 DESCRIPTION = {"base_model": str, "base_fingerprint": str, "geometry_cls": str, "step": int}
 DESCRIPTION |= dict.fromkeys(("categories", "metrics", "thresholds", "calibration"), dict)
-# Weights that no two SAM 3 models share and no precision casts: they tell one base from another.
-FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.reference_points.weight")
-# Of a merged model's configuration: these two weights alone do not tell it from its base.
-MERGED = "merged_adapter"
 
 
 def adapter_fingerprint(content: dict[str, Any]) -> str:
@@ -65,27 +62,6 @@ def adapter_fingerprint(content: dict[str, Any]) -> str:
     digest = hashlib.sha256(f"{content['base_fingerprint']} {lora.alpha / lora.rank}".encode())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def mark_merged(config: Any, content: dict[str, Any]) -> None:
-    """Writes into a merged model's configuration what was merged, so that no adapter of its base,
-    nor the same one a second time, fits it.
-
-    Args:
-        config: of the merged model.
-        content: of the adapter, from `read_adapter`.
-    """
-    setattr(config, MERGED, adapter_fingerprint(content))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A short name for a base model's weights: 16 hex digits of a SHA-256 over two of them and, of
-    a merged model, what was merged."""
-    digest = hashlib.sha256()
-    for name in FINGERPRINT_WEIGHTS:
-        digest.update(model.get_parameter(name).detach().float().cpu().numpy().tobytes())
-    digest.update(getattr(getattr(model, "config", None), MERGED, "").encode())
     return digest.hexdigest()[:16]
 
 
@@ -142,17 +118,6 @@ def read_adapter(path: Path) -> dict[str, Any]:
             f"{path}: expected adapter version <= {VERSION}, found {content['version']}; update "
             "this project"
         )
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in content["lora_config"].items()}
-    known = {field.name: type(field.default) for field in dataclass_fields(LoRAConfig)}
-    # LoRAConfig(alpha=16) is as good as 16.0.
-    whole = [k for k, v in fields.items() if type(v) is int and known.get(k) is float]
-    fields |= {k: float(fields[k]) for k in whole}
-    odd = [k for k in known.keys() | fields.keys() if type(fields.get(k)) is not known.get(k)]
-    if odd:
-        raise AdapterError(
-            f"{path}: lora_config: expected {', '.join(known)} alone, of their types, found other "
-            f"{', '.join(map(str, odd))}; take the adapter from its run again"
-        )
     odd = [k for k, v in content["lora"].items() if not (isinstance(k, str) and is_matrix(v))]
     if odd:
         raise AdapterError(
@@ -160,7 +125,25 @@ def read_adapter(path: Path) -> dict[str, Any]:
             f"{len(odd) - 1} more; take the adapter from its run again"
         )
     check_description(content, path)
-    return {**content, "lora_config": LoRAConfig(**fields)}
+    return {**content, "lora_config": _read_lora_config(content["lora_config"], path)}
+
+
+def _read_lora_config(written: dict[str, Any], path: Path) -> LoRAConfig:
+    """A file's `lora_config`; AdapterError unless it is one."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
+    known = {field.name: type(field.default) for field in dataclass_fields(LoRAConfig)}
+    # LoRAConfig(alpha=16) is as good as 16.0.
+    whole = [k for k, v in fields.items() if type(v) is int and known.get(k) is float]
+    fields |= {k: float(fields[k]) for k in whole}
+    odd = [k for k in known.keys() | fields.keys() if type(fields.get(k)) is not known.get(k)]
+    texts = [text for value in fields.values() if isinstance(value, tuple) for text in value]
+    odd += ["names"] if not all(isinstance(text, str) for text in texts) else []
+    if odd:
+        raise AdapterError(
+            f"{path}: lora_config: expected {', '.join(known)} alone, of their types, found other "
+            f"{', '.join(map(str, odd))}; take the adapter from its run again"
+        )
+    return LoRAConfig(**fields)
 
 
 def check_description(content: dict[str, Any], path: Path) -> None:
@@ -174,6 +157,9 @@ def check_description(content: dict[str, Any], path: Path) -> None:
         odd.add("calibration")
     if content.get("geometry_cls", "meta") not in ("meta", "hf"):
         odd.add("geometry_cls")
+    figures = {} if "metrics" in odd else content.get("metrics", {})
+    if not all(isinstance(v, float | int | None) for v in figures.values()):
+        odd.add("metrics")
     if not _are_thresholds(content.get("thresholds", {})):
         raise AdapterError(
             f"{path}: thresholds: expected numbers from 0 to 1 by category name, found "
@@ -360,9 +346,22 @@ def restore(
     check_base(content, model, folder)
     load_lora_state_dict(model, content["lora"])
     state = read_checkpoint(folder)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
-    restore_rng(state["rng"])
+    try:
+        if state["step"] != int(folder.name.split("-")[1]):
+            raise ValueError(f"step {state['step']!r:.20}")
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, own in optimizer.state.items():
+            if not own["exp_avg"].shape == own["exp_avg_sq"].shape == parameter.shape:
+                raise ValueError("an optimizer of other shapes")
+        if not all(type(v) is float for k in ("best", "figure") for v in state[k] or ()):
+            raise ValueError("figures that are no numbers")
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
+        restore_rng(state["rng"])
+    except Exception as error:  # anything may be in the file
+        raise AdapterError(
+            f"--resume: {folder / STATE_FILE}: expected the state of this run, found another "
+            f"({type(error).__name__}: {error}); remove {folder} to go on from the one before"
+        ) from error
     return state
 
 
@@ -378,8 +377,10 @@ def check_folder(folder: Path, resume: bool) -> None:
         FileNotFoundError: there is no checkpoint to resume from.
     """
     files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    found = "a file" if folder.is_file() else f"other files ({', '.join(sorted(files)[:3])})"
-    if folder.is_file() or (set(files) - {".gitkeep"} and not is_run(folder)):
+    # Nor a link to nothing, nor a device, which would be renamed.
+    is_other = os.path.lexists(folder) and not folder.is_dir()
+    found = "a file" if is_other else f"other files ({', '.join(sorted(files)[:3])})"
+    if is_other or (set(files) - {".gitkeep"} and not is_run(folder)):
         raise FileExistsError(
             f"output_dir: expected a new folder or an earlier run, found {found} at {folder}; name "
             "another with --output_dir"
@@ -487,5 +488,5 @@ def _read(path: Path) -> Any:
     except Exception as error:  # any bytes may be in the file; torch raises as many kinds
         raise AdapterError(
             f"{path}: expected a file written by train_sam3_lora.py, found one that cannot be "
-            "read safely (another kind of file, a damaged one, or one with code in it); name another"
+            "read safely (another kind, a damaged one, or one with code in it); name another"
         ) from error

@@ -21,7 +21,7 @@ MAX_MAIN_LINES = 60
 # Which of our modules each module may import; one that is not named may import none.
 MAY_IMPORT = {
     "model": {"lora_layers"},
-    "checkpoint": {"files", "lora_layers"},
+    "checkpoint": {"files", "lora_layers", "model"},
     "config": {"files", "lora_layers", "options"},
     "coco": {"faults", "geometry", "images"},
     "faults": {"geometry", "images"},
