@@ -79,7 +79,7 @@ from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.metrics import format_comparison, format_summary
 from sam3_lora.model import ModelError, image_size, num_queries
 from sam3_lora.prediction import evaluate_tiles
-from sam3_lora.prompts import add_tile_flag, parse_count
+from sam3_lora.prompts import add_tile_flag, parse_count, parse_split
 from sam3_lora.report import (
     EVERYDAY_WORDS,
     PANEL_TITLES,
@@ -120,11 +120,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"--report: resamples of the intervals, 0 for none (default: {BOOTSTRAP})")
     add("--probe_dir", type=Path, metavar="DIR",
         help="--report: data folder with other concepts, to see whether the adapter forgot them")
-    add("--probe_split", help="of --probe_dir (default: test)")
+    add("--probe_split", type=parse_split, help="of --probe_dir (default: test)")
     add("--calibrate", action="store_true",
         help="choose each category's threshold on the split and store it in the adapter's file")
     add("--data_dir", type=Path, default=Path("data"), help="data folder (default: data)")
-    add("--split", default="val", help="train, val or test (default: val)")
+    add("--split", type=parse_split, default="val", help="train, val or test (default: val)")
     add("--prompt_with", choices=(*PROMPT_WITH, "all"), default="text",
         help="ask for an image's categories with text, with a box round one object, or with both; "
         "absent categories keep their text (default: text)")
@@ -227,7 +227,11 @@ def choose_more(
     }
     more = {"words": replace(split, **asked)}
     if args.probe_dir:
-        more["probe"] = read_images(split_dir(args.probe_dir, args.probe_split or "test"), config)
+        try:
+            probe = read_images(split_dir(args.probe_dir, args.probe_split or "test"), config)
+        except DatasetError as error:
+            raise DatasetError(f"--probe_dir, --probe_split: {error}") from error
+        more["probe"] = probe
     return more, strangers
 
 

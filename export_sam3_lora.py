@@ -23,7 +23,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -41,6 +40,7 @@ from sam3_lora.evaluation import validation_figures
 from sam3_lora.exchange import PEFT_CONFIG, fit, portable_name, read_source, write_peft
 from sam3_lora.files import check_writable
 from sam3_lora.model import (
+    HUB_ID,
     PUBLISHED,
     ModelError,
     load_model,
@@ -57,8 +57,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_REASON = 200
 # Targets that a card lists: an imported adapter may name each layer.
 MAX_TARGETS = 12
-# A hub id, to which a card can link.
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 TOKEN_NOTES = {
     "meta": """\
@@ -153,8 +151,10 @@ def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:
     place = Path(os.path.abspath(output))
     check_writable(place.parent, "--output_dir")
     used = [path.resolve() for path in (Path(), *inputs) if path.exists()]
-    if any(path.is_relative_to(place.resolve()) for path in used):
-        raise ConfigError(f"{output} holds files in use, so it is not renamed; name another place")
+    is_other = os.path.lexists(place) and not (place.is_dir() or place.is_file())
+    if is_other or any(path.is_relative_to(place.resolve()) for path in used):
+        found = "is a device or a broken link" if is_other else "holds files in use"
+        raise ConfigError(f"--output_dir: {output} {found}, and is not renamed; name another place")
     names = {path.name for path in place.iterdir()} if place.is_dir() else set()
     is_export = CARD in names and names & {PEFT_CONFIG, "config.json"}
     if overwrite and (names or place.is_file()) and not is_export:
@@ -223,7 +223,8 @@ def merge(args: argparse.Namespace) -> Path:
 
 def import_adapter(args: argparse.Namespace) -> Path:
     """Writes an adapter of another format as ours, once all of it fits the base."""
-    if args.output.suffix != ".pt" or args.output.is_dir():
+    is_other = os.path.lexists(args.output) and not args.output.is_file()
+    if args.output.suffix != ".pt" or is_other:
         raise ConfigError(f"--output: expected a file name that ends in .pt, found {args.output}")
     place = Path(os.path.abspath(args.output))
     check_writable(place.parent, "--output")

@@ -66,6 +66,7 @@ from sam3_lora.model import (
     num_queries,
     train_adapted,
 )
+from sam3_lora.options import find_idle
 from sam3_lora.overview import detections_panel
 from sam3_lora.runlog import RunLog, RunLogError, check_packages
 
@@ -288,8 +289,16 @@ def describe_run(run: Run) -> None:
         log.warning("the training split has no object: every prompt is trained as absent")
     elif not run.forward.masks:
         log.warning("the training split has no masks: training on boxes, without the mask loss")
+    for words in find_idle(run.config, len(evaluated_steps(run)) if run.val_set else 0):
+        log.warning("without effect: %s", words)
     if run.warmup_steps < run.config.training.warmup_steps:
         log.warning("warmup_steps: %d, a tenth of this short run", run.warmup_steps)
+
+
+def evaluated_steps(run: Run) -> set[int]:
+    """The steps of a whole run after which the validation split is evaluated."""
+    every = run.steps_per_epoch, run.config.training.eval_steps
+    return {n for step in every for n in range(step, run.total_steps + 1, step)} | {run.total_steps}
 
 
 def resume(run: Run) -> None:

@@ -118,7 +118,9 @@ def read_adapter(path: Path) -> dict[str, Any]:
             f"{path}: expected adapter version <= {VERSION}, found {content['version']}; update "
             "this project"
         )
-    odd = [k for k, v in content["lora"].items() if not (isinstance(k, str) and is_matrix(v))]
+    tensors = content["lora"]
+    odd = [k for k, v in tensors.items() if not isinstance(k, str) or not is_matrix(v)]
+    odd += [k for k, v in tensors.items() if k not in odd and not v.isfinite().all()]
     if odd:
         raise AdapterError(
             f"{path}: expected matrices of finite numbers, found {odd[0]!r:.80} and "
@@ -203,8 +205,8 @@ def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict
 
 
 def is_matrix(value: Any) -> bool:
-    """Whether a value, of a file of anyone's, can be A or B: of real numbers that are finite, each
-    of them stored. A view of a few numbers can stand for more than fit in memory."""
+    """Whether a value, of a file of anyone's, can be A or B: of real numbers, each of them stored.
+    A view of a few numbers can stand for more than fit in memory."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
@@ -212,7 +214,6 @@ def is_matrix(value: Any) -> bool:
         and value.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
         and value.ndim == 2
         and value.nbytes <= value.untyped_storage().nbytes()
-        and bool(value.isfinite().all())
     )
 
 

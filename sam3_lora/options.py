@@ -201,7 +201,7 @@ def find_idle(config: Config, evaluations: int) -> list[str]:
         idle += [f"{name} with cache_features off" for name in names]
     elif training.cache_features == "ram" and "cache_dir" in changed:
         idle.append("cache_dir with cache_features ram")
-    if (training.early_stopping_patience or 0) >= evaluations:
+    if training.early_stopping_patience and training.early_stopping_patience >= evaluations:
         idle.append(f"early_stopping_patience with {evaluations} evaluations in all")
     return idle
 
