@@ -1,6 +1,6 @@
 """Hostile inputs, each through a script's `main(argv)`: refused in one line, and nothing written.
 
-The cases stand in the tables of hostile_runs.py and hostile_data.py.
+The cases stand in the tables of hostile_runs.py, hostile_files.py and hostile_data.py.
 """
 
 import importlib
@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import hostile_data
+import hostile_files
 import hostile_runs
 import pytest
 from hostile_runs import Case, Places
@@ -24,7 +25,7 @@ from lora_layers import LoRAConfig
 pytestmark = pytest.mark.scripts
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES: list[Case] = hostile_runs.CASES + hostile_data.CASES
+CASES: list[Case] = hostile_runs.CASES + hostile_files.CASES + hostile_data.CASES
 LEAST_CASES, LEAST_MESSAGES = 200, 80
 LONGEST = 5.0  # seconds a case may take in process, on a busy machine
 # Cases that also run as real processes, spread over the table.
