@@ -71,7 +71,7 @@ from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS, PromptDataset, other_words
 from sam3_lora.drawing import draw_panel
 from sam3_lora.engine import TooLargeError
 from sam3_lora.evaluation import evaluate_split, load_forward, resolve_model
-from sam3_lora.files import check_writable, write_json, write_picture, write_text
+from sam3_lora.files import check_writable, set_aside, write_json, write_picture, write_text
 from sam3_lora.forward import Forward
 from sam3_lora.intervals import Evaluated, calibrate, format_thresholds
 from sam3_lora.loader import build_loader, epoch_batches
@@ -377,7 +377,7 @@ def write_files(
     if earlier and replaced:
         for name in COMPARISON_FILES:  # which this evaluation may not write
             (output_dir / name).unlink(missing_ok=True)
-    elif earlier and (moved := checkpoint.set_aside(output_dir)):
+    elif earlier and (moved := set_aside(output_dir)):
         log.warning("%s held an earlier evaluation: renamed to %s", output_dir, moved)
     write_json(output_dir / "metrics.json", metrics, indent=2)
     for name, results in found.items():

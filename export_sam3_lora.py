@@ -38,7 +38,7 @@ from sam3_lora import checkpoint
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.evaluation import validation_figures
 from sam3_lora.exchange import PEFT_CONFIG, fit, portable_name, read_source, write_peft
-from sam3_lora.files import check_writable
+from sam3_lora.files import check_writable, set_aside
 from sam3_lora.model import (
     HUB_ID,
     PUBLISHED,
@@ -166,7 +166,7 @@ def make_way(place: Path, overwrite: bool) -> None:
     """Removes an earlier export, or renames it."""
     if overwrite and place.is_dir():
         shutil.rmtree(place)
-    elif not overwrite and (moved := checkpoint.set_aside(place)):
+    elif not overwrite and (moved := set_aside(place)):
         log.warning("%s was there: renamed to %s", place, moved)
 
 

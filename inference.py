@@ -56,12 +56,12 @@ import numpy as np
 
 from lora_layers import AdapterError
 from sam3_lora import coco, config, video
-from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter, set_aside
+from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter
 from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import Detections, load_forward
-from sam3_lora.files import check_writable, write_json, write_picture
+from sam3_lora.files import check_writable, set_aside, write_json, write_picture
 from sam3_lora.forward import Forward
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import ModelError, build_tracker

@@ -52,6 +52,7 @@ from sam3_lora.config import (
 from sam3_lora.dataset import PromptDataset
 from sam3_lora.evaluation import describe, evaluate_split, rank, validation_figures
 from sam3_lora.features import FeatureCache, FeatureError, cacheable_parts
+from sam3_lora.files import set_aside
 from sam3_lora.forward import Forward
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
@@ -232,7 +233,7 @@ def open_folder(run: Run) -> None:
     output, forward = run.config.output, run.forward
     if output.resume:
         resume(run)
-    moved = None if output.resume else checkpoint.set_aside(run.folder, output.overwrite)
+    moved = None if output.resume else set_aside(run.folder, output.overwrite)
     setup_logging(run.folder / "train.log")
     save_config(run.config, run.folder / "config.yaml")
     trainable, base = count_parameters(forward.model)

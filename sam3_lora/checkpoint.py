@@ -10,11 +10,14 @@ Both files hold tensors, numbers, strings and containers of them, and load with 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -31,7 +34,7 @@ from lora_layers import (
     lora_state_dict,
     remove_lora,
 )
-from sam3_lora.files import write_atomically
+from sam3_lora.files import check_writable, discard, remove, sync, write_atomically
 from sam3_lora.model import fingerprint
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,8 @@ ENTRIES = {
 # What a file may say of its adapter.
 DESCRIPTION = {"base_model": str, "base_fingerprint": str, "geometry_cls": str, "step": int}
 DESCRIPTION |= dict.fromkeys(("categories", "metrics", "thresholds", "calibration"), dict)
+# What reading or loading the content of another file as a state can raise.
+NOT_A_STATE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def adapter_fingerprint(content: dict[str, Any]) -> str:
@@ -150,23 +155,17 @@ def _read_lora_config(written: dict[str, Any], path: Path) -> LoRAConfig:
 
 def check_description(content: dict[str, Any], path: Path) -> None:
     """Raises AdapterError where a file's entries of `DESCRIPTION` are not what is read of them."""
+    is_sound = {
+        "categories": _are_texts,
+        "calibration": lambda made: _are_texts(made.get("prompts", {})),
+        "geometry_cls": lambda kind: kind in ("meta", "hf"),
+        "metrics": lambda own: all(isinstance(v, float | int | None) for v in own.values()),
+        "thresholds": lambda own: all(
+            isinstance(k, str) and type(v) in (int, float) and 0 <= v <= 1 for k, v in own.items()
+        ),
+    }
     odd = {k for k, v in content.items() if not isinstance(v, DESCRIPTION.get(k, object))}
-    if not _are_texts(content.get("categories", {})):
-        odd.add("categories")
-    if "calibration" not in odd and not _are_texts(
-        content.get("calibration", {}).get("prompts", {})
-    ):
-        odd.add("calibration")
-    if content.get("geometry_cls", "meta") not in ("meta", "hf"):
-        odd.add("geometry_cls")
-    figures = {} if "metrics" in odd else content.get("metrics", {})
-    if not all(isinstance(v, float | int | None) for v in figures.values()):
-        odd.add("metrics")
-    if not _are_thresholds(content.get("thresholds", {})):
-        raise AdapterError(
-            f"{path}: thresholds: expected numbers from 0 to 1 by category name, found "
-            f"{str(content['thresholds'])[:80]}; take the adapter from its run again"
-        )
+    odd |= {k for k in is_sound.keys() & content.keys() - odd if not is_sound[k](content[k])}
     if odd:
         raise AdapterError(
             f"{path}: expected a description as this project writes it, found another "
@@ -178,14 +177,6 @@ def _are_texts(values: Any) -> bool:
     """Whether values are texts by name."""
     texts = [t for pair in values.items() for t in pair] if isinstance(values, dict) else [None]
     return all(isinstance(text, str) for text in texts)
-
-
-def _are_thresholds(values: Any) -> bool:
-    """Whether values can be the lowest scores kept, by category name."""
-    return isinstance(values, dict) and all(
-        isinstance(name, str) and type(value) in (int, float) and 0 <= value <= 1
-        for name, value in values.items()
-    )
 
 
 def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict[str, Any]) -> None:
@@ -261,13 +252,13 @@ def read_weights(path: Path, model: nn.Module, lora: LoRAConfig) -> dict[str, to
     content = read_adapter(path)
     check_base(content, model, path)
     theirs, ours = (
-        (c.rank, c.alpha, set(c.target_modules), set(c.components))
+        {k: sorted(v) if isinstance(v, tuple) else v for k, v in vars(c).items() if k != "dropout"}
         for c in (content["lora_config"], lora)
     )
-    if theirs != ours:
+    if odd := [f"{k} {v} (not {ours[k]})" for k, v in theirs.items() if v != ours[k]]:
         raise AdapterError(
-            f"{path}: expected an adapter of this run's settings ({lora}), found "
-            f"{content['lora_config']}; set the lora section to these"
+            f"{path}: expected an adapter of this run's settings, found {', '.join(odd)}; set the "
+            "lora section to these"
         )
     return content["lora"]
 
@@ -308,25 +299,43 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it cannot be written; the message names the one to go on from.
     """
     folder = run_dir / f"checkpoint-{step}"
     content = {**state, "step": step, "rng": _rng_state()}
-    # Saved again at the same step only the state differs (an evaluation may have come between).
-    if folder.exists():
-        _write(content, folder / STATE_FILE)
-        return folder
+    for place in [*run_dir.glob(".*.tmp"), *run_dir.glob("*/.*.tmp")]:
+        discard(place)  # a kill left it
     scratch = run_dir / f".checkpoint-{step}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_adapter(scratch / ADAPTER_FILE, **adapter)
-    _write(content, scratch / STATE_FILE)
-    os.replace(scratch, folder)
+    try:
+        # Saved again at the same step only the state differs: an evaluation may have come between.
+        if folder.exists():
+            _write(content, folder / STATE_FILE)
+            return folder
+        save_adapter(scratch / ADAPTER_FILE, **adapter)
+        _write(content, scratch / STATE_FILE)
+        os.replace(scratch, folder)
+        sync(run_dir)
+    except OSError as error:
+        found = checkpoints(run_dir)
+        go_on = f"; then --resume goes on from {found[-1]}" if found else ""
+        raise type(error)(f"{error}{go_on}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `rng`."""
-    return _read(folder / STATE_FILE)
+    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `rng`.
+
+    Raises:
+        AdapterError: absent, damaged, or another file.
+    """
+    state, step = _read(folder / STATE_FILE), _step(folder)
+    if not isinstance(state, dict) or state.get("step") != step:
+        raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
+    return state
 
 
 def restore(
@@ -341,15 +350,14 @@ def restore(
         As `read_checkpoint`.
 
     Raises:
-        AdapterError: a file is damaged, or the model is another one.
+        AdapterError: it is damaged, or the model is another one.
     """
-    content = read_adapter(folder)
+    with _telling_damage(folder):
+        content = read_adapter(folder)
     check_base(content, model, folder)
     load_lora_state_dict(model, content["lora"])
-    state = read_checkpoint(folder)
-    try:
-        if state["step"] != int(folder.name.split("-")[1]):
-            raise ValueError(f"step {state['step']!r:.20}")
+    with _telling_damage(folder):
+        state = read_checkpoint(folder)
         optimizer.load_state_dict(state["optimizer"])
         for parameter, own in optimizer.state.items():
             if not own["exp_avg"].shape == own["exp_avg_sq"].shape == parameter.shape:
@@ -358,12 +366,19 @@ def restore(
             raise ValueError("figures that are no numbers")
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
         restore_rng(state["rng"])
-    except Exception as error:  # anything may be in the file
-        raise AdapterError(
-            f"--resume: {folder / STATE_FILE}: expected the state of this run, found another "
-            f"({type(error).__name__}: {error}); remove {folder} to go on from the one before"
-        ) from error
     return state
+
+
+@contextmanager
+def _telling_damage(folder: Path) -> Iterator[None]:
+    """Has an error in reading a checkpoint say what to do about it."""
+    try:
+        yield
+    except (AdapterError, *NOT_A_STATE) as error:
+        older = [f.name for f in checkpoints(folder.parent) if _step(f) < _step(folder)]
+        remedy = f"remove that folder to go on from {older[-1]}" if older else "drop --resume"
+        text = f"--resume: expected a complete checkpoint in {folder}, found a damaged one"
+        raise AdapterError(f"{text} ({error}); {remedy}") from error
 
 
 def check_folder(folder: Path, resume: bool) -> None:
@@ -376,6 +391,7 @@ def check_folder(folder: Path, resume: bool) -> None:
     Raises:
         FileExistsError: it is a file, or holds other files.
         FileNotFoundError: there is no checkpoint to resume from.
+        PermissionError: it cannot be written, or an earlier run there cannot be moved.
     """
     files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     # Nor a link to nothing, nor a device, which would be renamed.
@@ -390,12 +406,20 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise FileNotFoundError(
             f"--resume: expected checkpoint-<step>/ in {folder}, found none; drop it"
         )
+    check_writable(folder, "--output_dir")
+    if is_run(folder) and not resume:
+        check_writable(folder.absolute().parent, "--output_dir")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    """A checkpoint's step."""
+    return int(folder.name.split("-")[1])
 
 
 def remove_old_checkpoints(run_dir: Path, limit: int) -> list[Path]:
@@ -410,36 +434,20 @@ def remove_old_checkpoints(run_dir: Path, limit: int) -> list[Path]:
         The removed folders.
     """
     found = checkpoints(run_dir)
-    ranks = {}
-    for folder in found:
-        figure = read_checkpoint(folder)["figure"]
-        ranks[folder] = (figure or [], int(folder.name.split("-")[1]))
-    best = sorted(found, key=lambda f: ranks[f], reverse=True)[:limit]
-    removed = [f for f in found if f not in best and f != found[-1]]
+    best = sorted(found, key=lambda folder: (_figure(folder), _step(folder)), reverse=True)[:limit]
+    removed = [folder for folder in found if folder not in best and folder != found[-1]]
     for folder in removed:
-        shutil.rmtree(folder)
+        remove(folder)
     return removed
 
 
-def set_aside(run_dir: Path, replace: bool = False) -> Path | None:
-    """Renames an earlier run's folder, or a file, to `<run>.1`, or the first free number; or
-    removes it.
-
-    Returns:
-        The new name, or None when there was nothing to rename.
-    """
-    if not run_dir.exists():
-        return None
-    if run_dir.is_dir() and not any(p.name != ".gitkeep" for p in run_dir.iterdir()):
-        return None
-    if replace:
-        shutil.rmtree(run_dir) if run_dir.is_dir() else run_dir.unlink()
-        return None
-    number = 1
-    while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    os.replace(run_dir, target)
-    return target
+def _figure(folder: Path) -> list[float]:
+    """A checkpoint's figure; empty, which ranks last, where it has none or is damaged."""
+    try:
+        # Mapped, the optimizer's tensors are not read.
+        return _read(folder / STATE_FILE, mmap=True)["figure"] or []
+    except (AdapterError, *NOT_A_STATE):
+        return []
 
 
 def is_run(folder: Path) -> bool:
@@ -469,14 +477,13 @@ def restore_rng(state: dict[str, Any]) -> None:
 def _write(content: dict[str, Any], path: Path) -> None:
     """Writes a file, whole or not at all, and on the disk."""
 
-    def save(place: Path) -> None:
-        with place.open("wb") as stream:  # given a path, torch writes its name into the file
-            torch.save(content, stream)
+    # Into memory first: torch tells of a full disk as a bug of its own.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, lambda place: place.write_bytes(buffer.getbuffer()), durable=True)
 
-    write_atomically(path, save, durable=True)
 
-
-def _read(path: Path) -> Any:
+def _read(path: Path, mmap: bool = False) -> Any:
     """torch.load without code execution; AdapterError says what the file is instead."""
     if not path.is_file():
         inside = path.parent / "best_model" / ADAPTER_FILE
@@ -485,7 +492,7 @@ def _read(path: Path) -> Any:
             hint = f"{path.parent} is PEFT's: {IMPORT}"
         raise AdapterError(f"expected an adapter file, found nothing at {path}; {hint}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # any bytes may be in the file; torch raises as many kinds
         raise AdapterError(
             f"{path}: expected a file written by train_sam3_lora.py, found one that cannot be "

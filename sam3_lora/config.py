@@ -70,7 +70,7 @@ def _convert(key: Key, value: Any) -> Any:
     if key.kind is bool:
         return _BOOLEANS[str(value).lower()]
     if key.kind is tuple:
-        text = " ".join(value) if isinstance(value, list) else value
+        text = " ".join(value if isinstance(value, list) else [value])
         names = tuple(dict.fromkeys(text.replace(",", " ").split()))
         if not names or _UNUSABLE.search("".join(names)):
             raise ValueError(value)

@@ -494,4 +494,5 @@ def _raise_faults(subject: str, faults: Mapping[str, list[str]]) -> None:
         f"{len(names)} {kind} ({some_names(names)})" for kind, names in faults.items() if names
     ]
     if parts:
-        raise AdapterError(f"{subject}: expected a LoRA adapter for it, found {'; '.join(parts)}")
+        found = f"{'; '.join(parts)}; name another, or its own base with --model_name"
+        raise AdapterError(f"{subject}: expected a LoRA adapter for it, found {found}")

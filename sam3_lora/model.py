@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ MAX_REASON = 160
 # configuration with more would fill the memory before its weights were looked at.
 MAX_PARAMETERS, MAX_LAYERS, MAX_SIZE = 2 * 10**9, 200, 10**6
 # What can be a name on the hub: all else names a folder.
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+HUB_ID = re.compile(r"(?=.{,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 INDEX = "model.safetensors.index.json"
 # Weights that no two SAM 3 models share and no precision casts: they tell one base from another.
 FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.reference_points.weight")
@@ -305,10 +306,10 @@ def _refuse_other_formats(name: str) -> None:
         raise ModelError(
             f"model.name: {name} is SAM 3.1, whose weights do not fit Sam3Model; use facebook/sam3"
         )
-    if not path.exists() and not HUB_ID.fullmatch(name):
+    if not os.path.exists(path) and not HUB_ID.fullmatch(name):
         raise ModelError(
             f"model.name: expected a folder with config.json, or a hub id such as {PUBLISHED}, "
-            f"found no folder {name!r}; correct it, or download with `hf download {PUBLISHED} "
+            f"found no folder {name!r:.200}; correct it, or download with `hf download {PUBLISHED} "
             "--local-dir DIR` and name DIR"
         )
     if path.is_file():

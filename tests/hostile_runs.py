@@ -353,7 +353,6 @@ def run(
     return make
 
 
-OTHER_STATE = "expected the state of this run, found another"
 RESUMED = [
     ("nothing", None, "--resume: expected checkpoint-<step>/"),
     ("a folder of others", put("out/a.txt", "x"), "found other files (a.txt)"),
@@ -361,24 +360,24 @@ RESUMED = [
     ("no state", both(run(), lambda f, _: (f / "out/checkpoint-1/training_state.pt").unlink()),
         "training_state.pt"),
     ("code", run(lambda state: {**state, "best": Payload()}), "cannot be read safely"),
-    ("a list", run(lambda _: [1]), OTHER_STATE),
-    ("no optimizer", run(lambda state: state.pop("optimizer") and None), "KeyError: 'optimizer'"),
-    ("an optimizer of text", run(lambda state: state.update(optimizer="x")), OTHER_STATE),
+    ("a list", run(lambda _: [1]), "expected the state of step 1"),
+    ("no optimizer", run(lambda state: state.pop("optimizer") and None), "('optimizer')"),
+    ("an optimizer of text", run(lambda state: state.update(optimizer="x")), "has no attribute"),
     ("another optimizer", run(lambda state: state["optimizer"]["param_groups"][0].update(
-        params=[0])), "ValueError: "),
+        params=[0])), "parameter group that doesn't match"),
     ("other shapes", run(lambda state: state["optimizer"]["state"][0].update(
         exp_avg=torch.ones(3))), "an optimizer of other shapes"),
-    ("step 7", run(lambda state: state.update(step=7)), "ValueError: step 7"),
-    ("step of text", run(lambda state: state.update(step="1")), "ValueError: step '1'"),
+    ("step 7", run(lambda state: state.update(step=7)), "expected the state of step 1"),
+    ("step of text", run(lambda state: state.update(step="1")), "expected the state of step 1"),
     ("best of text", run(lambda state: state.update(best=["a"])), "figures that are no numbers"),
-    ("no random state", run(), "KeyError: 'python'"),
-    ("a random state of text", run(lambda state: state.update(rng="x")), OTHER_STATE),
+    ("no random state", run(), "('python')"),
+    ("a random state of text", run(lambda state: state.update(rng="x")), "a damaged one (string"),
     ("an adapter with code", run(adapter=pickle.dumps(Payload())), "cannot be read safely"),
     ("a config with a tag", run(text="lora: !!python/object:os.x {rank: 4}\n"), "under lora"),
     ("a config with an alias", run(text="a: &a 1\nb: *a\n"), "an alias (*name) is not accepted"),
     ("no config", both(run(), lambda f, _: (f / "out/config.yaml").unlink()), "cannot be read"),
     ("other settings", run(text="lora:\n  rank: 5\n"), "expected the settings that the run began"),
-    ("a number of 400 digits", run(name=f"checkpoint-{'9' * 200}"), OTHER_STATE),
+    ("a number of 200 digits", run(name=f"checkpoint-{'9' * 200}"), "expected the state of step 9"),
 ]  # fmt: skip
 CASES += [
     Case(f"resume: {name}", TRAIN, SETTINGS, message, make) for name, make, message in RESUMED

@@ -31,8 +31,8 @@ from sam3_lora.checkpoint import (
     restore_rng,
     save_adapter,
     save_checkpoint,
-    set_aside,
 )
+from sam3_lora.files import set_aside
 from sam3_lora.forward import Forward
 from sam3_lora.model import load_model
 
