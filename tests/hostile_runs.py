@@ -158,7 +158,7 @@ CASES += [
     Case("config: none there", TRAIN, RUN + "--config no.yaml", "cannot be read: No such file"),
     Case("config: NUL in its name", TRAIN, RUN + "--config a\0b", "expected text in UTF-8, found"),
     Case("config: long name", TRAIN, RUN + f"--config {'x' * WHOLE_LINE}", "File name too long"),
-    Case("config: empty name", TRAIN, RUN + "--config ''", "--config: expected a path, found ''"),
+    Case("config: no name", TRAIN, RUN + "--config ''", "--config: expected a path, found ''"),
     Case("config: of inference", INFERENCE, FIND + "--config run.yaml", "unknown section",
         put("run.yaml", "nope:\n  a: 1\n")),
     Case("config: of evaluation", EVALUATE, MEASURE + "--base --config run.yaml", "score_thr",
