@@ -149,7 +149,8 @@ def read_adapter(path: Path) -> dict[str, Any]:
     odd = [k for k in known.keys() | fields.keys() if type(fields.get(k)) is not known.get(k)]
     if odd:
         raise AdapterError(f"{path}: lora_config: expected {known}, found other {', '.join(odd)}")
-    odd = [k for k, v in content["lora"].items() if not _is_finite_tensor(v)]
+    tensors = content["lora"].items()
+    odd = [k for k, v in tensors if not (torch.is_tensor(v) and v.isfinite().all())]
     if odd:
         raise AdapterError(
             f"{path}: expected finite tensors, found {odd[0]} and {len(odd) - 1} more"
@@ -209,11 +210,6 @@ def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict
     """
     path = path / ADAPTER_FILE if path.is_dir() else path
     _write({**_read(path), "thresholds": thresholds, "calibration": calibration}, path)
-
-
-def _is_finite_tensor(value: Any) -> bool:
-    """Whether a value can be a weight."""
-    return isinstance(value, torch.Tensor) and bool(value.isfinite().all())
 
 
 def load_adapter(
@@ -299,7 +295,8 @@ def save_checkpoint(
     Args:
         run_dir: the run's folder.
         step: optimizer steps done.
-        state: what resuming needs beside the adapter: optimizer, scaler, best figures, metric.
+        state: what resuming needs beside the adapter: optimizer, scaler, figures; `rng`, the
+            `rng_state` of each process.
         adapter: keyword arguments of `save_adapter` but the path.
 
     Returns:
@@ -309,7 +306,7 @@ def save_checkpoint(
         OSError: it cannot be written; the message names the one to go on from.
     """
     folder = run_dir / f"checkpoint-{step}"
-    content = {**state, "step": step, "rng": _rng_state()}
+    content = {**state, "step": step}
     for place in [*run_dir.glob(".*.tmp"), *run_dir.glob("*/.*.tmp")]:
         discard(place)  # a kill left it
     scratch = run_dir / f".checkpoint-{step}.tmp"
@@ -332,11 +329,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `rng`.
-
-    Raises:
-        AdapterError: absent, damaged, or another file.
-    """
+    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `step`."""
     state, step = _read(folder / STATE_FILE), _step(folder)
     if not isinstance(state, dict) or state.get("step") != step:
         raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
@@ -348,8 +341,14 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """Puts back what a checkpoint holds: adapter, optimizer, gradient scaler, random state.
+
+    Args:
+        folder: of the checkpoint.
+        model, optimizer, scaler: of the run.
+        rank: which of the processes whose random states are kept; one beyond them keeps its own.
 
     Returns:
         As `read_checkpoint`.
@@ -358,14 +357,15 @@ def restore(
         AdapterError: it is damaged, or the model is another one.
     """
     with _telling_damage(folder):
-        content = read_adapter(folder)
+        content, state = read_adapter(folder), read_checkpoint(folder)
     check_base(content, model, folder)
     load_lora_state_dict(model, content["lora"])
     with _telling_damage(folder):
-        state = read_checkpoint(folder)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
-        restore_rng(state["rng"])
+        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
+        if rank < len(states):
+            restore_rng(states[rank])
     return state
 
 
@@ -453,23 +453,23 @@ def is_run(folder: Path) -> bool:
     return (folder / "train.log").is_file()
 
 
-def _rng_state() -> dict[str, Any]:
-    """States of the generators that dropout, point sampling and shuffling draw from."""
+def rng_state() -> dict[str, Any]:
+    """States of this process's generators, which dropout and point sampling draw from."""
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Puts back the generators' states that a checkpoint holds under `rng`."""
+    """Puts back what `rng_state` gave."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and len(state["cuda"]) == 1:
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def _write(content: dict[str, Any], path: Path) -> None:

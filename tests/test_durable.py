@@ -24,6 +24,7 @@ from sam3_lora.checkpoint import (
     read_checkpoint,
     remove_old_checkpoints,
     restore,
+    rng_state,
     save_adapter,
     save_checkpoint,
 )
@@ -49,7 +50,7 @@ def adapter_of(model) -> dict:
 
 
 def save(run: Path, model, step: int, figure: list[float] | None = None) -> Path:
-    state = {"optimizer": optimizer_of(model).state_dict(), "scaler": {}}
+    state = {"optimizer": optimizer_of(model).state_dict(), "scaler": {}, "rng": [rng_state()]}
     return save_checkpoint(run, step, state | {"figure": figure}, adapter_of(model))
 
 
