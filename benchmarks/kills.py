@@ -98,9 +98,9 @@ class Trainer:
     def _work(self, arguments: list[str], log: Path) -> int:
         """In the new process: trains, and tells where it is; a session finds its workers again."""
         os.setsid()
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
         for stream in (1, 2):
-            os.dup2(handle, stream)
+            os.dup2(sys.stdout.fileno(), stream)
         with ExitStack() as stack:
             for number, name in enumerate(PHASES.values()):
                 if name:

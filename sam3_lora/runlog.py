@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sam3_lora.drawing import draw_curves
-from sam3_lora.files import write_picture, write_text
+from sam3_lora.files import telling, write_picture, write_text
 
 LOG_FILE = "log.jsonl"
 TABLE_FILE = "metrics.csv"
@@ -175,7 +175,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def _append(path: Path, line: str) -> None:
     """Adds a line to a file in one write, which a kill does not cut."""
-    with path.open("a", encoding="utf-8") as file:
+    with telling(path), path.open("a", encoding="utf-8") as file:
         file.write(line)
 
 
