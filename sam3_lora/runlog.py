@@ -123,7 +123,7 @@ class RunLog:
     def show(self, step: int, panel: np.ndarray | None = None) -> None:
         """Draws the curves anew and, where given, a step's panel, uint8 (H, W, 3)."""
         draw_curves(self.rows, self.folder / "curves.png")
-        # What is drawn are 18,000 objects in cycles, 7 MB, that Python lets lie till there are more.
+        # A drawing is 18,000 objects in cycles, 7 MB, that Python lets lie until there are more.
         gc.collect()
         if panel is None:
             return
