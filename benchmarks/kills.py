@@ -7,8 +7,8 @@ logged step and validation, the adapters bit by bit, what is left on the disk. P
     python benchmarks/kills.py --kills 50
     python benchmarks/kills.py --kills 5 --signals 2 --seed 1
 
-A third of the kills wait for a file that is being written, a few for start-up and evaluation; the
-others come at any time. --signals is the number of SIGTERM and SIGINT, after which the run must
+A third of the kills wait for a checkpoint or another file that is being written, a few for start-up
+and evaluation; the others come at any time. --signals is the number of SIGTERM and SIGINT, after which the run must
 have saved, printed the command to resume, and gone with 143 or 130. Prints two tables; exit code 1
 where anything differs or is left.
 """
@@ -193,7 +193,9 @@ def moment(
     def ready() -> bool:
         if trainer.seconds() < earliest:
             return False
-        if kind == "writing":
+        if kind == "checkpoint":
+            return any(run.glob(".checkpoint-*.tmp"))
+        if kind == "any file":
             return bool(temporary_files(run))
         return kind != "evaluation" or trainer.where() == "evaluation"
 
@@ -261,7 +263,7 @@ def kill(
 ) -> Tally:
     """Runs, killed and resumed until each is finished, until there were enough kills."""
     tally, run = Tally(), args.output_dir / "killed"
-    kinds = ["any", "writing", "any", "start-up", "writing", "any", "evaluation", "any", "writing"]
+    kinds = ["any", "checkpoint", "any", "start-up", "any file", "any", "evaluation", "checkpoint"]
     while sum(tally.hits.values()) < args.kills:
         shutil.rmtree(run, ignore_errors=True)
         finished = False
