@@ -7,10 +7,11 @@ logged step and validation, the adapters bit by bit, what is left on the disk. P
     python benchmarks/kills.py --kills 50
     python benchmarks/kills.py --kills 5 --signals 2 --seed 1
 
-A third of the kills wait for a checkpoint or another file that is being written, a few for start-up
-and evaluation; the others come at any time. --signals is the number of SIGTERM and SIGINT, after which the run must
-have saved, printed the command to resume, and gone with 143 or 130. Prints two tables; exit code 1
-where anything differs or is left.
+More than a third of the kills wait for a checkpoint or another file that is being written, a few
+for start-up and evaluation; the others come at any time. --signals is the number of SIGTERMs and of
+SIGINTs, after which the run must have saved, printed the command to resume, and gone with 143 or
+130. Prints three tables; exit code 1 where anything differs or is left. Linux shows what is left of
+processes.
 """
 
 from __future__ import annotations
