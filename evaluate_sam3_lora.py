@@ -12,6 +12,7 @@ Every category is asked for on every image. Prints a table: AP of boxes and mask
 with its factors pmF1 and IL_MCC, mask IoU, and how often an absent category is found all the same.
 --base evaluates the base model that the adapter was trained on, or --model_name, without adapter.
 --compare evaluates the adapter, then its base in the same process, and prints both side by side.
+torchrun --nproc_per_node N evaluate_sam3_lora.py ... shares the images out over N processes.
 --report does so into its folder, adds a page with intervals and pictures, and asks both models for
 words that should find nothing, and for what the base should still know: the annotated concepts of
 --probe_dir or, without it, everyday words.
@@ -50,7 +51,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lora_layers import AdapterError, remove_lora
-from sam3_lora import checkpoint
+from sam3_lora import checkpoint, processes
 from sam3_lora.coco import (
     CocoSplit,
     DatasetError,
@@ -257,7 +258,7 @@ def build_batches(
     forward.masks = next(iter(datasets.values())).has_masks()
     if not compare:  # the base reads the prompts again
         forward.release_text_encoder([t for d in datasets.values() for t in d.all_texts()])
-    order = epoch_batches(len(split.images), 1, 0, 0, shuffle=False)
+    order = processes.share(epoch_batches(len(split.images), 1, 0, 0, shuffle=False))
     return {k: build_loader(d, order, config.hardware.num_workers) for k, d in datasets.items()}
 
 
@@ -275,9 +276,11 @@ def run_evaluation(
         "max_detections": config.evaluation.max_detections,
         "score_threshold": config.evaluation.score_threshold,
     }
-    progress = partial(tqdm, desc="images", disable=not sys.stderr.isatty())
+    progress = partial(tqdm, desc="images", disable=not processes.shows_progress())
     if tile:
-        return evaluate_tiles(forward, split, progress(split.images), tile, **limits)
+        return evaluate_tiles(
+            forward, split, progress(processes.share(split.images)), tile, **limits
+        )
     losses = compute_losses, count_targets
     found = {
         kind: evaluate_split(forward, *losses, progress(own), split, **limits)
@@ -286,9 +289,15 @@ def run_evaluation(
     summary, results = next(iter(found.values()))
     if len(found) > 1:
         summaries = {kind: own for kind, (own, _) in found.items()}
-        sys.stdout.write(format_by_prompt(summaries) + "\n\n")
+        say(format_by_prompt(summaries) + "\n\n")
         summary = {**summary, "by_prompt": summaries}
     return summary, results
+
+
+def say(text: str) -> None:
+    """Writes a result to stdout, of several processes once."""
+    if processes.is_main():
+        sys.stdout.write(text)
 
 
 def format_by_prompt(summaries: dict[str, dict[str, Any]]) -> str:
@@ -396,7 +405,7 @@ def write_pictures(
         examples = draw_examples(split, *models, metrics["report"]["per_image"], threshold)
         write_text(output_dir / "report.html", build_page(metrics, examples))
         log.info("wrote %s", output_dir / "report.html")
-        sys.stdout.write("\n" + verdict(metrics) + "\n")
+        say("\n" + verdict(metrics) + "\n")
 
 
 @user_errors(ConfigError, DatasetError, AdapterError, ModelError, TooLargeError)
@@ -414,30 +423,35 @@ def main(argv: list[str] | None = None) -> int:
     split = read_images(folder, config)
     more, strangers = choose_more(args, split, config)
     # 2. Every category on every image.
-    forward, subject, adapter = build_forward(args, config)
-    log.info("%s on %s", subject, folder)
-    batches = build_batches(forward, split, config, compare, args.prompt_with)
-    summary, results = run_evaluation(forward, batches, split, config, args.tile)
-    described = {"model": subject, "data": str(folder), "split": args.split}
-    tested = None if args.base else checkpoint.adapter_fingerprint(adapter)
-    described |= {"adapter": tested, "geometry_cls": forward.geometry_cls}
-    described |= {"prompt_with": args.prompt_with, **summary}
-    found = {FOUND[0]: results}
-    sys.stdout.write(format_summary(summary) + "\n")
-    ours = {"split": (summary, results), **run_more(forward, more, config, args.tile)}
-    if args.calibrate or args.report:
-        described["calibration"] = measure_thresholds(args, adapter, split, ours["split"])
-        sys.stdout.write("\n" + format_thresholds(described["calibration"]) + "\n")
-    # 3. The base model that is under the adapter.
-    if compare:
-        remove_lora(forward.model)
-        forward.texts.clear()  # which an adapter may have read
-        log.info("its base on the same images")
-        base, found[FOUND[1]] = run_evaluation(forward, batches, split, config, args.tile)
-        described["base"] = base
-        sys.stdout.write("\n" + format_comparison(base, summary) + "\n")
+    with processes.joined():
+        forward, subject, adapter = build_forward(args, config)
+        log.info("%s on %s", subject, folder)
+        batches = build_batches(forward, split, config, compare, args.prompt_with)
+        summary, results = run_evaluation(forward, batches, split, config, args.tile)
+        described = {"model": subject, "data": str(folder), "split": args.split}
+        tested = None if args.base else checkpoint.adapter_fingerprint(adapter)
+        described |= {"adapter": tested, "geometry_cls": forward.geometry_cls}
+        described |= {"prompt_with": args.prompt_with, **summary}
+        found = {FOUND[0]: results}
+        say(format_summary(summary) + "\n")
+        ours = {"split": (summary, results), **run_more(forward, more, config, args.tile)}
+        if args.calibrate or args.report:
+            described["calibration"] = measure_thresholds(args, adapter, split, ours["split"])
+            say("\n" + format_thresholds(described["calibration"]) + "\n")
+        # 3. The base model that is under the adapter.
+        if compare:
+            remove_lora(forward.model)
+            forward.texts.clear()  # which an adapter may have read
+            log.info("its base on the same images")
+            base, found[FOUND[1]] = run_evaluation(forward, batches, split, config, args.tile)
+            described["base"] = base
+            say("\n" + format_comparison(base, summary) + "\n")
+        theirs = run_more(forward, more, config, args.tile) if args.report else {}
+    if not processes.is_main():
+        return 0
+    # 4. The report, the files; the pictures last.
     if args.report:
-        theirs = {"split": (base, found[FOUND[1]]), **run_more(forward, more, config, args.tile)}
+        theirs |= {"split": (base, found[FOUND[1]])}
         most = described["max_detections"] = config.evaluation.max_detections
         described["report"] = build_report(
             {"split": split, **more},
@@ -448,7 +462,6 @@ def main(argv: list[str] | None = None) -> int:
             resamples=BOOTSTRAP if args.bootstrap is None else args.bootstrap,
             trained=[text for pair in adapter.get("categories", {}).items() for text in pair],
         )
-    # 4. The files; the pictures last.
     write_files(output_dir, described, found, args.replace)
     if args.calibrate:
         store_thresholds(args, adapter, described["calibration"], split)

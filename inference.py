@@ -23,6 +23,8 @@ less than its parts alone do, so route what an adapter was trained for to that o
 In a large or crowded photo, --tile 0.5 also looks at nine overlapping parts of it, each as closely
 as at a photo, and draws what several show once.
 
+torchrun --nproc_per_node N inference.py ... shares the images of a folder out over N processes.
+
 Writes, for result.png:
     result.png               the image with its detections, a colour a prompt; your boxes dashed
     result_detections.json   COCO results with file_name and prompt; category_id 1: first prompt
@@ -55,7 +57,7 @@ from typing import Any
 import numpy as np
 
 from lora_layers import AdapterError
-from sam3_lora import coco, config, video
+from sam3_lora import coco, config, processes, video
 from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter
 from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
@@ -381,6 +383,28 @@ def write_masks(folder: Path, found: Detections) -> None:
         write_picture(folder / f"{number:03d}.png", mask.astype(np.uint8) * 255)
 
 
+def write_image(
+    args: argparse.Namespace,
+    image_id: int,
+    path: Path,
+    overlay: Path,
+    photo: np.ndarray,
+    found: Detections,
+    prompts: Prompts,
+) -> list[dict[str, Any]]:
+    """Writes what goes with an image; returns its detections as rows of the JSON."""
+    write_overlay(overlay, photo, found, prompts)
+    if args.save_masks:
+        write_masks(beside(overlay, "_masks"), found)
+    rows = [
+        {**row, "file_name": path.name, "prompt": prompts.texts[row["category_id"] - 1]}
+        for row in coco_results(image_id, found, found["rles"])
+    ]
+    if not args.json:
+        write_json(beside(overlay, JSON_ENDING), rows)
+    return rows
+
+
 def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> None:
     """Runs the prompts on the frames of a video and writes what is found."""
     if args.tracker == "sam3":
@@ -397,6 +421,8 @@ def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> No
             )
         # The library's model has one precision for all its parts.
         options = replace(options, hardware=replace(options.hardware, mixed_precision="no"))
+    if processes.count() > 1:
+        raise ConfigError("--video: expected one process, found torchrun's; start it with python")
     files = list_images(args.video, "--video") if args.video.is_dir() else None
     clip = video.open_clip(args.video, files, args.every, args.fps)
     outputs = video.plan_outputs(clip, args.output, args.json)
@@ -433,29 +459,24 @@ def main(argv: list[str] | None = None) -> int:
     images = list_images(args.image)
     check_images(images, prompts.boxes_xyxy)
     overlays = plan_overlays(args, images)
-    # 2. The model.
-    forward, prompts, thresholds = load(args, options, prompts)
-    # 3. Image by image.
-    rows: list[dict[str, Any]] = []
-    max_rows = options.hardware.max_rows_per_forward
-    for image_id, (path, overlay) in enumerate(zip(images, overlays, strict=True), start=1):
-        photo = coco.read_image(path)
-        found, best = answer(args, forward, photo, prompts, thresholds, max_rows)
-        write_overlay(overlay, photo, found, prompts)
-        if args.save_masks:
-            write_masks(beside(overlay, "_masks"), found)
-        own = [
-            {**row, "file_name": path.name, "prompt": prompts.texts[row["category_id"] - 1]}
-            for row in coco_results(image_id, found, found["rles"])
-        ]
-        rows += own
-        if not args.json:
-            write_json(beside(overlay, JSON_ENDING), own)
-        counts = Counter(row["category_id"] for row in own)
-        found_text = ", ".join(f"{t} {counts[i]}" for i, t in enumerate(prompts.texts, start=1))
-        print(f"{path.name}: {found_text}, best score {best:.3f}, {overlay}", flush=True)
-    if args.json:
-        write_json(args.json, rows)
+    # 2. The model; of several processes each takes its part of the images.
+    with processes.joined():
+        forward, prompts, thresholds = load(args, options, prompts)
+        numbered = list(enumerate(zip(images, overlays, strict=True), start=1))
+        rows: list[dict[str, Any]] = []
+        max_rows = options.hardware.max_rows_per_forward
+        # 3. Image by image.
+        for image_id, (path, overlay) in processes.share(numbered):
+            photo = coco.read_image(path)
+            found, best = answer(args, forward, photo, prompts, thresholds, max_rows)
+            own = write_image(args, image_id, path, overlay, photo, found, prompts)
+            rows += own
+            counts = Counter(row["category_id"] for row in own)
+            texts = ", ".join(f"{t} {counts[i]}" for i, t in enumerate(prompts.texts, start=1))
+            print(f"{path.name}: {texts}, best score {best:.3f}, {overlay}", flush=True)
+        everywhere = [row for part in processes.gather(rows) for row in part]
+    if args.json and processes.is_main():
+        write_json(args.json, sorted(everywhere, key=lambda row: row["image_id"]))
     return 0
 
 

@@ -3,6 +3,12 @@
     python train_sam3_lora.py --config configs/base_config.yaml
     python train_sam3_lora.py --config configs/base_config.yaml --batch_size 8 --lora_rank 16
     python train_sam3_lora.py --config configs/base_config.yaml --resume
+    torchrun --nproc_per_node 2 train_sam3_lora.py --config configs/base_config.yaml
+
+Ctrl-C, SIGTERM and SIGHUP end a run after its step, with a checkpoint and the command to go on with
+(exit code 128 + the signal's number: 130, 143, 129). A step has batch_size x
+gradient_accumulation_steps images for each process of torchrun; a resumed run keeps the number that
+it began with, whatever the number of processes.
 
 Writes to output_dir:
     best_model/lora_weights.pt   the adapter with the best validation figure (config.yaml beside it)
@@ -20,6 +26,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -32,7 +39,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lora_layers import AdapterError, apply_lora, count_parameters, lora_table
-from sam3_lora import checkpoint, engine, memory
+from sam3_lora import checkpoint, engine, memory, processes
 from sam3_lora.coco import CocoSplit, DatasetError, read_splits
 from sam3_lora.config import (
     Config,
@@ -54,7 +61,7 @@ from sam3_lora.evaluation import describe, evaluate_split, rank, validation_figu
 from sam3_lora.features import FeatureCache, FeatureError, cacheable_parts
 from sam3_lora.files import set_aside
 from sam3_lora.forward import Forward
-from sam3_lora.loader import build_loader, epoch_batches
+from sam3_lora.loader import LoaderError, build_loader, epoch_batches, share_steps
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import (
     ModelError,
@@ -75,7 +82,13 @@ log = logging.getLogger("train")
 
 # What a user can cause, beside what `user_errors` knows.
 ERRORS = (DatasetError, AdapterError, ModelError, FeatureError, RunLogError)
-ERRORS += (engine.LossError, engine.TooLargeError)
+ERRORS += (engine.LossError, engine.TooLargeError, LoaderError)
+# Keys of the training section that `PromptDataset` takes as they are.
+OF_DATASET = ("prompts_per_image", "out_of_domain_prompts", "augment", "flip_probability")
+OF_DATASET += ("box_prompt_probability", "box_prompt_text_probability", "over_queries", "seed")
+OF_DATASET += ("box_prompt_negative_probability",)
+# What comes up between two steps, so that the run can be saved as it stands.
+BETWEEN_STEPS = (DatasetError, FeatureError, LoaderError)
 
 
 @dataclass
@@ -91,10 +104,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     limits: engine.Limits
-    steps_per_epoch: int
-    total_steps: int
-    epochs: int  # the last of which may be cut short
-    warmup_steps: int
+    plan: engine.Plan
     cache: FeatureCache | None = None
     step: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)  # since the last line of the log
@@ -103,7 +113,8 @@ class Run:
     evaluated: int = -1  # step of the last evaluation
     figure: list[float] | None = None  # of the last evaluation
     val: dict[str, Any] = field(default_factory=dict)
-    runlog: RunLog | None = None  # open from `open_folder` on
+    runlog: RunLog | None = None  # open from `open_folder` on, in the main process
+    signals: processes.SignalWatch = field(default_factory=processes.SignalWatch)
 
     @property
     def stopped(self) -> bool:
@@ -130,17 +141,9 @@ def build_datasets(
         splits[0],
         *canvas,
         train=True,
-        prompts_per_image=training.prompts_per_image,
-        out_of_domain_prompts=training.out_of_domain_prompts,
         prompt_pool=training.prompt_pool or (training.prompts_per_image if cached else None),
         views=(training.cache_views if moves else 1) if cached else None,
-        box_prompt_probability=training.box_prompt_probability,
-        box_prompt_text_probability=training.box_prompt_text_probability,
-        box_prompt_negative_probability=training.box_prompt_negative_probability,
-        augment=training.augment,
-        flip_probability=training.flip_probability,
-        over_queries=training.over_queries,
-        seed=training.seed,
+        **{name: getattr(training, name) for name in OF_DATASET},
     )
     val_set = PromptDataset(splits[1], *canvas, train=False) if splits[1] else None
     check_trainable(config, train_set.has_masks())
@@ -164,9 +167,10 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
     if training.cache_features != "off":
         folder = training.cache_dir if training.cache_features == "disk" else None
         cache = FeatureCache(forward, train_set, folder, training.cache_limit_gb)
-    batches = math.ceil(len(train_set) / training.batch_size)
-    steps_per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    total_steps = training.max_steps or steps_per_epoch * training.num_epochs
+    per_step = training.batch_size * training.gradient_accumulation_steps * processes.count()
+    plan = engine.Plan(
+        len(train_set), per_step, training.num_epochs, training.max_steps, training.warmup_steps
+    )
     loss = partial(compute_losses, pos_weight=training.pos_weight, mask_loss=training.mask_loss)
     return Run(
         config=config,
@@ -179,10 +183,7 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         cache=cache,
         limits=engine.Limits(training.batch_size, config.hardware.max_rows_per_forward),
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        epochs=math.ceil(total_steps / steps_per_epoch),
-        warmup_steps=engine.short_warmup(training.warmup_steps, total_steps),
+        plan=plan,
     )
 
 
@@ -233,9 +234,13 @@ def open_folder(run: Run) -> None:
     output, forward = run.config.output, run.forward
     if output.resume:
         resume(run)
+    processes.align(p for p in forward.model.parameters() if p.requires_grad)
+    processes.wait()
+    if not processes.is_main():
+        return
     moved = None if output.resume else set_aside(run.folder, output.overwrite)
     setup_logging(run.folder / "train.log")
-    save_config(run.config, run.folder / "config.yaml")
+    save_settings(run, run.folder)
     trainable, base = count_parameters(forward.model)
     share = f"{trainable:,} trainable of {base:,} ({100 * trainable / base:.3f} %)"
     place = f"{forward.device}, {forward.dtype}".replace("torch.", "")
@@ -263,8 +268,9 @@ def build_features(run: Run) -> None:
     run.train_set.parts = ("image",)
     photos = build_loader(run.train_set, missing, run.config.hardware.num_workers)
     built = run.cache.build(photos)
-    for _ in tqdm(built, "features", len(missing), disable=not sys.stderr.isatty()):
+    for _ in tqdm(built, "features", len(missing), disable=not processes.shows_progress()):
         pass
+    processes.wait()  # for what the others compute
     run.train_set.parts = ("targets",)
 
 
@@ -279,8 +285,10 @@ def describe_run(run: Run) -> None:
     """Logs what is trained, on what, and what the data does not allow."""
     log.info("adapters:\n%s", lora_table(run.forward.model))
     size, categories = len(run.train_set), len(run.train_set.split.categories)
-    steps = f"{run.total_steps} steps in {run.epochs} epochs"
+    steps = f"{run.plan.total_steps} steps in {run.plan.epochs} epochs"
     steps += f", from {run.cache}" if run.cache else ""
+    if processes.count() > 1:
+        steps += f", {run.plan.images_per_step} images a step in {processes.count()} processes"
     log.info("%d images or tiles, %d categories, %s", size, categories, steps)
     if run.forward.compiled:
         log.info("compiling: minutes at the first step, and at each new size of a batch")
@@ -292,28 +300,33 @@ def describe_run(run: Run) -> None:
         log.warning("the training split has no masks: training on boxes, without the mask loss")
     for words in find_idle(run.config, len(evaluated_steps(run)) if run.val_set else 0):
         log.warning("without effect: %s", words)
-    if run.warmup_steps < run.config.training.warmup_steps:
-        log.warning("warmup_steps: %d, a tenth of this short run", run.warmup_steps)
+    if run.plan.warmup_steps < run.config.training.warmup_steps:
+        log.warning("warmup_steps: %d, a tenth of this short run", run.plan.warmup_steps)
 
 
 def evaluated_steps(run: Run) -> set[int]:
     """The steps of a whole run after which the validation split is evaluated."""
-    every = run.steps_per_epoch, run.config.training.eval_steps
-    return {n for step in every for n in range(step, run.total_steps + 1, step)} | {run.total_steps}
+    every = run.plan.steps_per_epoch, run.config.training.eval_steps
+    return {n for step in every for n in range(step, run.plan.total_steps + 1, step)} | {
+        run.plan.total_steps
+    }
 
 
 def resume(run: Run) -> None:
     """Goes on from the newest checkpoint: adapter, optimizer, random state, best figure."""
     check_same_settings(run.config, load_config(run.folder / "config.yaml", {}))
     newest = checkpoint.checkpoints(run.folder)[-1]
-    state = checkpoint.restore(newest, run.forward.model, run.optimizer, run.scaler)
+    parts = run.forward.model, run.optimizer, run.scaler
+    state = checkpoint.restore(newest, *parts, rank=processes.rank())
     run.step, run.best, run.figure = state["step"], state["best"], state["figure"]
-    run.stale = state.get("stale", 0)  # earlier checkpoints have none
+    # Earlier checkpoints have none of these.
+    run.stale, run.records = state.get("stale", 0), state.get("records", [])
+    run.plan.images_per_step = state.get("images_per_step", run.plan.images_per_step)
     run.evaluated = run.step if run.figure else -1
     finished = "; it stopped early: raise --early_stopping_patience" if run.stopped else ""
-    if run.step >= run.total_steps:
+    if run.step >= run.plan.total_steps:
         finished = "; it is finished: raise --max_steps"
-    log.info("resuming %s at step %d of %d%s", newest, run.step, run.total_steps, finished)
+    log.info("resuming %s at step %d of %d%s", newest, run.step, run.plan.total_steps, finished)
 
 
 def evaluate_now(run: Run) -> None:
@@ -325,29 +338,30 @@ def evaluate_now(run: Run) -> None:
     forward.model.eval()
     forward.model.vision_encoder.backbone.to(forward.device)
     batches = epoch_batches(len(run.val_set), 1, 0, 0, shuffle=False)
-    # Point sampling draws random numbers: those of training go on as if nothing had been evaluated.
-    with torch.random.fork_rng():
-        summary, results = evaluate_split(
-            forward,
-            run.criterion,
-            count_targets,
-            build_loader(run.val_set, batches, config.hardware.num_workers),
-            run.val_set.split,
-            max_rows=run.limits.rows,
-            max_detections=config.evaluation.max_detections,
-            score_threshold=config.evaluation.score_threshold,
-        )
+    loader = build_loader(run.val_set, processes.share(batches), config.hardware.num_workers)
+    rounds = math.ceil(len(batches) / processes.count())
+    summary, results = evaluate_split(
+        forward,
+        run.criterion,
+        count_targets,
+        run.signals.between(loader, rounds),
+        run.val_set.split,
+        max_rows=run.limits.rows,
+        max_detections=config.evaluation.max_detections,
+        score_threshold=config.evaluation.score_threshold,
+    )
     run.evaluated = run.step
     run.val = validation_figures(summary)
     run.figure = rank(run.val, config.evaluation.best_metric)
     log.info("step %d, validation: %s", run.step, describe(run.val))
-    run.runlog.add_row({"step": run.step, "val": run.val})
-    run.stale += 1
-    if run.best is None or run.figure > run.best:
-        run.best, run.stale = run.figure, 0
-        save_model(run, "best_model")
-    threshold = config.evaluation.score_threshold
-    run.runlog.show(run.step, detections_panel(run.val_set.split, results, threshold))
+    better = run.best is None or run.figure > run.best
+    run.best, run.stale = (run.figure, 0) if better else (run.best, run.stale + 1)
+    if run.runlog:
+        run.runlog.add_row({"step": run.step, "val": run.val})
+        if better:
+            save_model(run, "best_model")
+        threshold = config.evaluation.score_threshold
+        run.runlog.show(run.step, detections_panel(run.val_set.split, results, threshold))
     to_training(run)
 
 
@@ -369,7 +383,13 @@ def save_model(run: Run, name: str) -> None:
     """Writes the adapter and the configuration to a folder of the run."""
     folder = run.folder / name
     checkpoint.save_adapter(folder / checkpoint.ADAPTER_FILE, **adapter_description(run))
-    save_config(run.config, folder / "config.yaml")
+    save_settings(run, folder)
+
+
+def save_settings(run: Run, folder: Path) -> None:
+    """Writes the configuration; what it says of an earlier run in the folder held once."""
+    once = replace(run.config.output, overwrite=False, resume=False)
+    save_config(replace(run.config, output=once), folder / "config.yaml")
 
 
 def save_now(run: Run) -> None:
@@ -380,7 +400,12 @@ def save_now(run: Run) -> None:
         "best": run.best,
         "stale": run.stale,
         "figure": run.figure if run.evaluated == run.step else None,
+        "records": run.records,
+        "images_per_step": run.plan.images_per_step,
+        "rng": processes.gather(checkpoint.rng_state()),
     }
+    if not run.runlog:
+        return
     checkpoint.save_checkpoint(run.folder, run.step, state, adapter_description(run))
     checkpoint.remove_old_checkpoints(run.folder, run.config.training.save_total_limit)
     if run.val_set is None:
@@ -391,68 +416,99 @@ def save_now(run: Run) -> None:
 def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
     """The rest of an epoch as `engine.train_one_epoch` takes it, and its number of steps."""
     training, hardware = run.config.training, run.config.hardware
-    done = run.step - epoch * run.steps_per_epoch
-    steps = min(run.steps_per_epoch - done, run.total_steps - run.step)
-    batches = epoch_batches(
-        len(run.train_set), training.batch_size, epoch, training.seed, shuffle=True
-    )
-    first, last = (n * training.gradient_accumulation_steps for n in (done, done + steps))
+    done = run.step - epoch * run.plan.steps_per_epoch
+    count = min(run.plan.steps_per_epoch - done, run.plan.total_steps - run.step)
+    steps = epoch_batches(
+        len(run.train_set), run.plan.images_per_step, epoch, training.seed, shuffle=True
+    )[done : done + count]
+    which = processes.rank(), processes.count()
+    batches, sizes = share_steps(steps, training.batch_size, *which)
     pin = run.forward.device.type == "cuda"
-    loader = build_loader(run.train_set, batches[first:last], hardware.num_workers, pin=pin)
+    loader = build_loader(run.train_set, batches, hardware.num_workers, pin=pin)
     records = engine.train_one_epoch(
         run.forward,
         run.criterion,
         count_targets,
         run.cache.filled(loader) if run.cache else loader,
         run.optimizer,
-        lambda s: engine.lr_factor(training.lr_schedule, s, run.total_steps, run.warmup_steps),
+        lambda s: engine.lr_factor(
+            training.lr_schedule, s, run.plan.total_steps, run.plan.warmup_steps
+        ),
         run.limits,
         step=run.step,
-        accumulation=training.gradient_accumulation_steps,
+        sizes=sizes,
         max_grad_norm=training.max_grad_norm,
         scaler=run.scaler,
     )
-    return records, steps
+    return records, count
 
 
 def train_epoch(run: Run, epoch: int) -> None:
     """One epoch from where the run stands: steps, log lines, evaluations and checkpoints."""
-    training, output = run.config.training, run.config.output
     records, steps = step_records(run, epoch)
     to_training(run)
-    label = f"epoch {epoch + 1}/{run.epochs}"
-    with tqdm(records, label, steps, disable=not sys.stderr.isatty()) as bar:
+    label = f"epoch {epoch + 1}/{run.plan.epochs}"
+    with tqdm(records, label, steps, disable=not processes.shows_progress()) as bar:
         for record in bar:
             run.step = record["step"]
             run.records.append(record)
-            if run.step % output.logging_steps == 0 or run.step == run.total_steps:
-                row = engine.mean_record(run.records, run.forward.device)
-                run.records = []
-                run.runlog.add_row({**row, "epoch": epoch + 1})
-                text = engine.progress_text(row)
-                log.info("step %d/%d: %s", run.step, run.total_steps, text)
-                bar.set_postfix_str(text)
-            if run.step % training.eval_steps == 0:
-                evaluate_now(run)
-            if run.step % training.save_steps == 0:
-                save_now(run)
+            if run.step % run.config.output.logging_steps == 0 or run.step == run.plan.total_steps:
+                bar.set_postfix_str(log_steps(run, epoch))
+            end_step(run)
             if run.stopped:
                 break
+            run.signals.check()
+
+
+def log_steps(run: Run, epoch: int) -> str:
+    """Logs the means of the steps since the last line; returns them for eyes."""
+    row = engine.mean_record(run.records, run.forward.device)
+    run.records, text = [], engine.progress_text(row)
+    if run.runlog:
+        run.runlog.add_row({**row, "epoch": epoch + 1})
+        log.info("step %d/%d: %s", run.step, run.plan.total_steps, text)
+    return text
+
+
+def end_step(run: Run) -> None:
+    """What is due after a step: an evaluation, a checkpoint; both at the end of an epoch."""
+    training = run.config.training
+    ends = run.plan.ends_epoch(run.step)
+    if ends or run.step % training.eval_steps == 0:
+        evaluate_now(run)
+    if ends or run.step % training.save_steps == 0 or run.stopped:
+        save_now(run)
 
 
 def train(run: Run) -> None:
-    """All epochs; each ends with an evaluation and a checkpoint."""
-    if run.step and (run.step % run.steps_per_epoch == 0 or run.step == run.total_steps):
-        # Resumed from a checkpoint that may have come before the evaluation that ends an epoch.
-        evaluate_now(run)
-        save_now(run)
-    while run.step < run.total_steps and not run.stopped:
-        train_epoch(run, run.step // run.steps_per_epoch)
-        evaluate_now(run)
-        save_now(run)
+    """All epochs."""
+    if run.step:
+        end_step(run)  # a checkpoint may have come before an evaluation of its step
+    while run.step < run.plan.total_steps and not run.stopped:
+        train_epoch(run, run.step // run.plan.steps_per_epoch)
+    if run.records:
+        log_steps(run, (run.step - 1) // run.plan.steps_per_epoch)
     if run.stopped:
         text = "stopped early at step %d: %d evaluations without a better %s"
         log.info(text, run.step, run.stale, run.config.evaluation.best_metric)
+
+
+def train_or_save(run: Run) -> None:
+    """Trains; where a signal or the data ends the run early, saves it as it stands, and says how to
+    go on."""
+    try:
+        with processes.watch() as run.signals:
+            train(run)
+    except (processes.Stopped, *BETWEEN_STEPS) as error:
+        # A process that is alone with its error cannot save: the others know nothing of it.
+        together = isinstance(error, processes.Stopped) or processes.count() == 1
+        if run.step and together:
+            save_now(run)
+        if checkpoint.checkpoints(run.folder):
+            words = [os.path.relpath(__file__), "--config", str(run.folder / "config.yaml")]
+            command = processes.command([*words, "--resume"])
+            log.warning("stopped at step %d; to go on: %s", run.step, command)
+        raise
 
 
 @user_errors(*ERRORS)
@@ -464,24 +520,27 @@ def main(argv: list[str] | None = None) -> int:
     if config.output.dry_run:
         print(describe_dry_run(config))
         return 0
-    # 1. Packages, folder and data before weights: their faults show in seconds.
-    output, data, most = config.output, config.training, config.evaluation.max_val_images
-    check_packages(tensorboard=output.tensorboard, wandb=output.wandb)
-    checkpoint.check_folder(output.output_dir, output.resume)
-    splits = read_splits(data.train_data_path, data.val_data_path, most)
-    check_stopping(config, splits[1] is not None)
-    # 2. Model, adapters, optimizer, features; the run's folder stays as it is until all stands.
-    engine.seed_everything(config.training.seed)
-    run = build_run(config, splits)
-    with logging_redirect_tqdm():
-        build_features(run)
-    open_folder(run)
-    # 3. Epochs.
-    with logging_redirect_tqdm():
-        train(run)
-    # 4. The end of the run.
-    save_model(run, "last_model")
-    run.runlog.close()
+    with processes.joined():
+        # 1. Packages, folder and data before weights: their faults show in seconds.
+        output, data, most = config.output, config.training, config.evaluation.max_val_images
+        check_packages(tensorboard=output.tensorboard, wandb=output.wandb)
+        checkpoint.check_folder(output.output_dir, output.resume)
+        splits = read_splits(data.train_data_path, data.val_data_path, most)
+        check_stopping(config, splits[1] is not None)
+        # 2. Model, adapters, optimizer, features; the run's folder stays as it is until all stands.
+        engine.seed_everything(data.seed)
+        run = build_run(config, splits)
+        if processes.rank():  # dropout and sampled points of its own
+            engine.seed_everything((data.seed + processes.rank()) % 2**32)
+        with logging_redirect_tqdm():
+            build_features(run)
+            open_folder(run)
+            # 3. Epochs.
+            train_or_save(run)
+        # 4. The end of the run.
+        if run.runlog:
+            save_model(run, "last_model")
+            run.runlog.close()
     log.info("done: %s", run.folder / "best_model" / checkpoint.ADAPTER_FILE)
     return 0
 

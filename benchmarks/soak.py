@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     if not Path("/proc/self/statm").exists():
         raise ConfigError("expected Linux, whose /proc tells a process's memory; run it there")
     if not args.data_dir.exists():
-        prepare_data.main(["demo", "--output_dir", str(args.data_dir)])
+        with redirect_stdout(sys.stderr):
+            prepare_data.main(["demo", "--output_dir", str(args.data_dir)])
     samples: list[Sample] = []
     with (
         tempfile.TemporaryDirectory() as scratch,

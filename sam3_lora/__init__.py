@@ -20,6 +20,7 @@ matching    which query learns which target, and the box arithmetic of the loss
 losses      the criterion: a dict of named losses
 metrics     box and mask AP, cgF1 and its factors, mask IoU
 memory      predicted peak GPU memory of training, the largest batch
+processes   several processes of a run, as torchrun starts them; signals that end it
 engine      the only batch loop: training, evaluation, schedule, seeding
 features    the cache of frozen parts' features
 evaluation  outputs to detections, a split to its metrics; a model ready to run

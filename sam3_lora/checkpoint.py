@@ -294,7 +294,8 @@ def save_checkpoint(
     Args:
         run_dir: the run's folder.
         step: optimizer steps done.
-        state: what resuming needs beside the adapter: optimizer, scaler, best figures, metric.
+        state: what resuming needs beside the adapter: optimizer, scaler, figures; `rng`, the
+            `rng_state` of each process.
         adapter: keyword arguments of `save_adapter` but the path.
 
     Returns:
@@ -304,7 +305,7 @@ def save_checkpoint(
         OSError: it cannot be written; the message names the one to go on from.
     """
     folder = run_dir / f"checkpoint-{step}"
-    content = {**state, "step": step, "rng": _rng_state()}
+    content = {**state, "step": step}
     for place in [*run_dir.glob(".*.tmp"), *run_dir.glob("*/.*.tmp")]:
         discard(place)  # a kill left it
     scratch = run_dir / f".checkpoint-{step}.tmp"
@@ -327,11 +328,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `rng`.
-
-    Raises:
-        AdapterError: absent, damaged, or another file.
-    """
+    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `step`."""
     state, step = _read(folder / STATE_FILE), _step(folder)
     if not isinstance(state, dict) or state.get("step") != step:
         raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
@@ -343,8 +340,14 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """Puts back what a checkpoint holds: adapter, optimizer, gradient scaler, random state.
+
+    Args:
+        folder: of the checkpoint.
+        model, optimizer, scaler: of the run.
+        rank: which of the processes whose random states are kept; one beyond them keeps its own.
 
     Returns:
         As `read_checkpoint`.
@@ -353,11 +356,10 @@ def restore(
         AdapterError: it is damaged, or the model is another one.
     """
     with _telling_damage(folder):
-        content = read_adapter(folder)
+        content, state = read_adapter(folder), read_checkpoint(folder)
     check_base(content, model, folder)
     load_lora_state_dict(model, content["lora"])
     with _telling_damage(folder):
-        state = read_checkpoint(folder)
         optimizer.load_state_dict(state["optimizer"])
         for parameter, own in optimizer.state.items():
             if not own["exp_avg"].shape == own["exp_avg_sq"].shape == parameter.shape:
@@ -365,7 +367,9 @@ def restore(
         if not all(type(v) is float for k in ("best", "figure") for v in state[k] or ()):
             raise ValueError("figures that are no numbers")
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
-        restore_rng(state["rng"])
+        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
+        if rank < len(states):
+            restore_rng(states[rank])
     return state
 
 
@@ -455,23 +459,23 @@ def is_run(folder: Path) -> bool:
     return (folder / "train.log").is_file()
 
 
-def _rng_state() -> dict[str, Any]:
-    """States of the generators that dropout, point sampling and shuffling draw from."""
+def rng_state() -> dict[str, Any]:
+    """States of this process's generators, which dropout and point sampling draw from."""
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Puts back the generators' states that a checkpoint holds under `rng`."""
+    """Puts back what `rng_state` gave."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and len(state["cuda"]) == 1:
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def _write(content: dict[str, Any], path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import yaml
 
 from lora_layers import COMPONENTS, LoRAConfig
+from sam3_lora import processes
 from sam3_lora.files import write_text
 from sam3_lora.options import KEYS, SECTIONS, Config, Key, find_clashes
 
@@ -359,8 +360,9 @@ class FlagParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Prints `message` on one line and exits with code 2."""
-        self.exit(2, f"error: {_one_line(message)} (see {self.prog} --help)\n")
+        """Prints `message` on one line, of several processes once, and exits with code 2."""
+        text = f"error: {_one_line(message)} (see {self.prog} --help)\n"
+        self.exit(2, text if processes.is_main() else None)
 
 
 def _word_problems(words: Sequence[str], flags: Mapping[str, argparse.Action]) -> list[str]:
@@ -441,7 +443,8 @@ def user_errors(*errors: type[Exception]) -> Callable[[Callable[..., int]], Call
 
     Returns:
         A decorator. Main then returns 2 after such an error (its traceback is shown with
-        `--debug`) or a wrong command line, and 130 after an interrupt; a bug passes through.
+        `--debug`) or a wrong command line, and 128 + its number after a signal; a bug passes
+        through. What is wrong with the options, one of several processes alone says.
     """
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
@@ -454,10 +457,14 @@ def user_errors(*errors: type[Exception]) -> Callable[[Callable[..., int]], Call
             except KeyboardInterrupt:
                 sys.stderr.write("interrupted\n")
                 return 130
-            except (ConfigError, OSError, *errors) as error:
+            except processes.Stopped as stop:
+                return stop.exit_code
+            except (ConfigError, OSError, processes.ProcessError, *errors) as error:
                 if "--debug" in (sys.argv if argv is None else argv):
                     traceback.print_exc()
-                sys.stderr.write(f"error: {_one_line(error)}\n")
+                if processes.is_main() or not isinstance(error, ConfigError):
+                    which = f"process {processes.rank()}: " if processes.count() > 1 else ""
+                    sys.stderr.write(f"error: {which}{_one_line(error)}\n")
                 return 2
 
         return guarded
@@ -468,10 +475,14 @@ def user_errors(*errors: type[Exception]) -> Callable[[Callable[..., int]], Call
 def setup_logging(log_file: Path | None = None, level: int | str = logging.INFO) -> None:
     """Sends log lines to stderr and to the end of a file. A second call replaces the first.
 
+    Of several processes the first alone says more than errors, and has a file.
+
     Args:
         log_file: A file, made with its folder if it does not exist; None: stderr only.
         level: The lowest level shown.
     """
+    if not processes.is_main():
+        log_file, level = None, logging.ERROR
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if log_file is not None:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)

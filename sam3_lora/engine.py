@@ -8,7 +8,8 @@ text, then the heads run over at most so many rows at a time.
     features.backward(leaves.grad)    once, however many chunks the rows were cut into
 
 Counts for the means are taken over the whole step first, so cutting changes memory, not the step:
-where memory runs out, the same step is taken in smaller parts.
+where memory runs out, the same step is taken in smaller parts. In several processes the counts are
+those of all, and the gradients are summed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from sam3_lora import processes
 
 try:
     import resource
@@ -132,9 +135,47 @@ def lr_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> 
     return 1 - min(progress, 1.0) if schedule == "linear" else 1.0
 
 
-def short_warmup(warmup_steps: int, total_steps: int) -> int:
-    """The steps of warm-up asked for, but no more than LONGEST_WARMUP of the run."""
-    return min(warmup_steps, int(LONGEST_WARMUP * total_steps))
+@dataclass
+class Plan:
+    """How many steps a run has.
+
+    Args:
+        images: of the training set.
+        images_per_step: over all processes; the last step of an epoch may have fewer.
+        num_epochs: of the run, unless `max_steps` says how many steps.
+        max_steps: the last epoch may be cut short; None: all of them.
+        longest_warmup: steps of warm-up asked for.
+    """
+
+    images: int
+    images_per_step: int
+    num_epochs: int
+    max_steps: int | None
+    longest_warmup: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(self.images / self.images_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps or self.steps_per_epoch * self.num_epochs
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the run, one that is cut short among them."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up: no more than LONGEST_WARMUP of the run."""
+        return min(self.longest_warmup, int(LONGEST_WARMUP * self.total_steps))
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch, or the run, ends with this step."""
+        return step % self.steps_per_epoch == 0 or step == self.total_steps
 
 
 def train_one_epoch(
@@ -147,7 +188,7 @@ def train_one_epoch(
     limits: Limits,
     *,
     step: int = 0,
-    accumulation: int = 1,
+    sizes: Iterable[int] = itertools.repeat(1),
     max_grad_norm: float = 0.1,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -159,7 +200,8 @@ def train_one_epoch(
         optimizer, scaler: over the trainable parameters; the scaler is for fp16.
         factor: step -> share of the peak learning rate.
         limits: larger micro-batches are cut; halved, with a warning, where memory runs out.
-        step, accumulation: steps done before; micro-batches a step (the last may have fewer).
+        step: steps done before.
+        sizes: micro-batches of each step; 0 where the other processes have them all.
         max_grad_norm: L2 norm gradients are clipped to; 0 leaves them.
 
     Yields:
@@ -171,19 +213,24 @@ def train_one_epoch(
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     iterator, started = iter(batches), time.perf_counter()
-    while micro_batches := list(itertools.islice(iterator, accumulation)):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for size in sizes:
+        micro_batches = list(itertools.islice(iterator, size))
+        if size and not micro_batches:
+            return
         _set_rate(optimizer, factor(step))
-        counts = _add_counts([count(batch["targets"]) for batch in micro_batches])
+        counts = _count_all(count, micro_batches)
         totals = _gradients(forward, criterion, micro_batches, counts, limits, optimizer, scaler)
+        totals = processes.sum_gradients(parameters, totals)
         totals["grad_norm"] = _clip(optimizer, scaler, max_grad_norm)
         step += 1
         record = _to_numbers(totals)
         _check_finite(record, step, micro_batches, scaler.is_enabled())
         scaler.step(optimizer)
         scaler.update()
+        images = counts.pop("images")
         record |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "counts": counts}
-        record["images"] = sum(len(batch["image_ids"]) for batch in micro_batches)
-        yield record | {"seconds": time.perf_counter() - started}
+        yield record | {"images": images, "seconds": time.perf_counter() - started}
         started = time.perf_counter()  # what the caller did meanwhile is not the step's
 
 
@@ -247,8 +294,8 @@ def _gradients(
                 _accumulate(totals, _backward(forward, criterion, part, counts, limits, scaler))
         return totals
 
-    images = max(len(batch["image_ids"]) for batch in micro_batches)
-    rows = max(len(batch["texts"]) for batch in micro_batches)
+    images = max((len(batch["image_ids"]) for batch in micro_batches), default=0)
+    rows = max((len(batch["texts"]) for batch in micro_batches), default=0)
     return _within_memory(work, limits, images, rows)
 
 
@@ -357,9 +404,13 @@ def _accumulate(totals: Losses, losses: Losses) -> None:
         totals[name] = totals.get(name, 0.0) + value.detach()
 
 
-def _add_counts(counts: list[dict[str, int]]) -> dict[str, int]:
-    """Sums counts key by key."""
-    return {key: sum(c[key] for c in counts) for key in counts[0]}
+def _count_all(count: Count, micro_batches: list[Batch]) -> dict[str, int]:
+    """A step's counts, and its `images`, over the micro-batches of all processes."""
+    counts = [count(batch["targets"]) for batch in micro_batches] or [count([])]
+    own = {key: sum(c[key] for c in counts) for key in counts[0]}
+    own["images"] = sum(len(batch["image_ids"]) for batch in micro_batches)
+    everywhere = processes.gather(own)
+    return {key: sum(c[key] for c in everywhere) for key in own}
 
 
 def _to_numbers(values: Losses) -> dict[str, float]:
@@ -375,7 +426,8 @@ def _check_finite(
     watched = ("loss",) if scaled else ("loss", "grad_norm")
     if all(math.isfinite(record[name]) for name in watched):
         return
-    images = [image_id for batch in micro_batches for image_id in batch["image_ids"]]
+    own = [image_id for batch in micro_batches for image_id in batch["image_ids"]]
+    images = [image_id for ids in processes.gather(own) for image_id in ids]
     terms = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
     raise LossError(
         f"expected finite losses, found at step {step}, image ids {images}: {terms}; lower "

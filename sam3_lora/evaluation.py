@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_layers import merge_lora
-from sam3_lora import checkpoint, engine
+from sam3_lora import checkpoint, engine, processes
 from sam3_lora.coco import CocoSplit, encode_mask
 from sam3_lora.forward import Forward, predict_masks
 from sam3_lora.metrics import DetectionAccumulator, rank_scores, select_detections
@@ -201,9 +201,12 @@ def evaluate_split(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Metrics and mean losses of a split.
 
+    Several processes evaluate a part each, and all return what all have found.
+
     Args:
         forward, criterion, count, max_rows: as for `engine.evaluate`; the model is in eval mode.
-        batches: of a `PromptDataset` with `train=False`: every category on every image of `split`.
+        batches: of a `PromptDataset` with `train=False`: every category on every image of `split`,
+            or on this process's part of them.
         split: the ground truth.
         max_detections: so many of an image, over all its prompts, AP reads.
         score_threshold: of the other metrics, which read every detection of at least this score.
@@ -215,21 +218,47 @@ def evaluate_split(
     found: dict[int, Detections] = {}
     sums: dict[str, float] = defaultdict(float)
     weights: dict[str, int] = defaultdict(int)
-    for chunk in engine.evaluate(forward, criterion, count, batches, max_rows):
-        _add_chunk(found, chunk, max_detections, score_threshold)
-        for name, value in chunk["losses"].items():
-            # A term is a mean over its batch: of objects for the IoU, else of the batch's rows.
-            kind = "masked_targets" if "loss_mask" in chunk["losses"] else "targets"
-            objects = chunk["counts"][kind]
-            weight = objects if name == "iou" else len(chunk["batch"]["image_ids"])
-            sums[name] += value * weight
-            if chunk["rows"].start == 0:
-                weights[name] += weight
-    accumulator = DetectionAccumulator(score_threshold, max_detections)
-    for image_id, detections in found.items():
-        accumulator.add_image(image_id, detections, detections["rles"])
+    # Point sampling draws random numbers: those of training go on as if nothing had been evaluated.
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(gpus):
+        for chunk in engine.evaluate(forward, criterion, count, batches, max_rows):
+            _add_chunk(found, chunk, max_detections, score_threshold)
+            for name, value in chunk["losses"].items():
+                # A term is a mean over its batch: of objects for the IoU, else of its rows.
+                kind = "masked_targets" if "loss_mask" in chunk["losses"] else "targets"
+                objects = chunk["counts"][kind]
+                weight = objects if name == "iou" else len(chunk["batch"]["image_ids"])
+                sums[name] += value * weight
+                if chunk["rows"].start == 0:
+                    weights[name] += weight
+    parts = processes.gather((dict(sums), dict(weights)))
+    sums, weights = (_add_up([part[which] for part in parts]) for which in (0, 1))
     means = {name: value / max(weights[name], 1) for name, value in sums.items()}
-    return {**accumulator.summary(split), "losses": means}, accumulator.results()
+    summary, results = summarize(found, split, max_detections, score_threshold)
+    return {**summary, "losses": means}, results
+
+
+def _add_up(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Sums by name; a part may lack some."""
+    return {name: sum(p.get(name, 0) for p in parts) for part in parts for name in part}
+
+
+def summarize(
+    found: dict[int, Detections], split: CocoSplit, max_detections: int, score_threshold: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Metrics of a split, and all detections as COCO results.
+
+    Args:
+        found: of each image, by its id; of several processes, those of this one's part.
+        split: the ground truth.
+        max_detections, score_threshold: as for `evaluate_split`.
+    """
+    by_image = {image_id: own for part in processes.gather(found) for image_id, own in part.items()}
+    accumulator = DetectionAccumulator(score_threshold, max_detections)
+    for image_id in (image["id"] for image in split.images if image["id"] in by_image):
+        own = by_image[image_id]
+        accumulator.add_image(image_id, own, own["rles"])
+    return accumulator.summary(split), accumulator.results()
 
 
 def _add_chunk(

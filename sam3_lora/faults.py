@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from sam3_lora import processes
 from sam3_lora.geometry import (
     COORDINATE_LIMIT,
     PIXEL_LIMIT,
@@ -90,7 +90,7 @@ def find_faults(
 
 def progress(rows: Iterable, what: str, total: int | None = None) -> Iterable:
     """Returns the rows under a progress bar: none off a terminal, nor for less than a second."""
-    off = not sys.stderr.isatty()
+    off = not processes.shows_progress()
     return tqdm(rows, what, total, delay=1, leave=False, disable=off)
 
 

@@ -39,6 +39,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from sam3_lora import processes
+
 # Raised when what a key stands for, or the content of a file, changes.
 FORMAT = 1
 # Seconds after which an unfinished file belongs to a process that is no more; and its name.
@@ -140,8 +142,10 @@ class FeatureCache:
         )
 
     def missing(self) -> list[View]:
-        """The views that are not in the cache, each key once."""
-        return list({self.keys[view]: view for view in self.keys if not self._has(view)}.values())
+        """The views that are not in the cache, each key once; of several processes that fill one
+        folder, those in this one's part."""
+        views = list(self.keys) if self.folder is None else processes.share(list(self.keys))
+        return list({self.keys[view]: view for view in views if not self._has(view)}.values())
 
     @torch.no_grad()
     def build(self, batches: Iterable[Batch]) -> Iterator[View]:

@@ -3,11 +3,19 @@
     worker:  items -> packed (numpy, masks as bits) --pipe--> unpacked -> batch    :training process
 
 A tensor that crosses a worker's border takes a file descriptor and shared memory; numpy takes none.
+
+In several training processes each reads its share of a step's images, see `share_steps`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 from sam3_lora.dataset import BoxPrompt, Item, PromptDataset
 from sam3_lora.forward import PADDING_BOX
 from sam3_lora.images import DatasetError
+
+Keys = list[tuple[int, int]]  # (epoch, index of the item)
+# What torch does where a worker has died, see `_take_handler`.
+_torch_handler: Callable[[int, Any], None] | None = None
+
+
+class LoaderError(RuntimeError):
+    """A process that loads images has ended; the message says what to do."""
 
 
 def collate_fn(items: list[Item]) -> dict[str, Any]:
@@ -60,9 +76,7 @@ def _pad_boxes(rows: list[list[BoxPrompt]]) -> dict[str, torch.Tensor | None]:
     }
 
 
-def epoch_batches(
-    count: int, batch_size: int, epoch: int, seed: int, shuffle: bool
-) -> list[list[tuple[int, int]]]:
+def epoch_batches(count: int, batch_size: int, epoch: int, seed: int, shuffle: bool) -> list[Keys]:
     """The order of one epoch: batches of (epoch, index) keys; the last batch may be smaller.
 
     Args:
@@ -79,13 +93,34 @@ def epoch_batches(
     return [keys[i : i + batch_size] for i in range(0, count, batch_size)]
 
 
+def share_steps(
+    steps: list[Keys], batch_size: int, rank: int, count: int
+) -> tuple[list[Keys], list[int]]:
+    """One process's part of an epoch.
+
+    Args:
+        steps: the images of each optimizer step, from `epoch_batches`.
+        batch_size: most images of a micro-batch.
+        rank, count: which process of how many.
+
+    Returns:
+        Its micro-batches, and how many of them each step has: none where a step has fewer images
+        than there are processes. Every image is in the part of one process.
+    """
+    parts = [
+        [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+        for own in (keys[rank::count] for keys in steps)
+    ]
+    return [batch for part in parts for batch in part], [len(part) for part in parts]
+
+
 class _Packed(Dataset):
     """A data set whose items travel between processes."""
 
     def __init__(self, dataset: PromptDataset) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Item] | DatasetError:
+    def __getitems__(self, keys: Keys) -> list[Item] | DatasetError:
         """A batch's items, packed, or what is wrong with them; torch's loaders call this.
 
         The error is handed over, not raised: a loader would wrap it in the worker's traceback.
@@ -123,6 +158,19 @@ def _as_it_is(packed: Any) -> Any:
     return packed
 
 
+def _end_with_parent(worker: int) -> None:
+    """Ends a worker, in which it runs, when the training process is killed: torch's own watch waits
+    forever where the pipe is full."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    parent = multiprocessing.parent_process().pid
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Batches:
     """Iterable over the batches of a loader of packed items; `len` is their number."""
 
@@ -135,8 +183,13 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields batches as from `collate_fn`; raises DatasetError as `PromptDataset` does."""
-        for packed in self.loader:
+        """Yields batches as from `collate_fn`.
+
+        Raises:
+            DatasetError: as `PromptDataset` does.
+            LoaderError: a worker was killed.
+        """
+        for packed in _until_killed(self.loader):
             if isinstance(packed, DatasetError):
                 raise packed
             batch = collate_fn([_unpack(item) for item in packed])
@@ -145,9 +198,54 @@ class Batches:
             yield batch
 
 
+def _take_handler(before: Any) -> None:
+    """Takes away the handler of SIGCHLD that torch sets, once, with the first loader that has
+    workers: it raises where one has died, in the middle of a step too."""
+    global _torch_handler
+    if hasattr(signal, "SIGCHLD") and (current := signal.getsignal(signal.SIGCHLD)) is not before:
+        _torch_handler = current
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+@contextmanager
+def _told_of_deaths() -> Iterator[None]:
+    """Within it a worker's death raises RuntimeError: else a loader can wait forever for the rest
+    of what a killed worker had begun to send."""
+    if _torch_handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, _torch_handler)
+    try:
+        _torch_handler(signal.SIGCHLD, None)  # for those that died since
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _until_killed(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; LoaderError, between two of them, where a worker was killed."""
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    iterator = iter(loader)
+    _take_handler(before)
+    while True:
+        try:
+            with _told_of_deaths():
+                packed = next(iterator, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise LoaderError(
+                f"expected {loader.num_workers} processes that load images, found that one has "
+                "ended, as when memory runs out; try --num_workers 0, or fewer than now"
+            ) from error
+        if packed is None:
+            return
+        yield packed
+
+
 def build_loader(
     dataset: PromptDataset,
-    batches: list[list[tuple[int, int]]],
+    batches: list[Keys],
     num_workers: int,
     pin: bool = False,
 ) -> Batches:
@@ -164,6 +262,7 @@ def build_loader(
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=num_workers,
+        worker_init_fn=_end_with_parent,
         # Of its own: a draw from the global one would change dropout after a resume.
         generator=torch.Generator().manual_seed(0),
     )

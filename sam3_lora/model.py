@@ -36,6 +36,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lora_layers import LoRALinear
+from sam3_lora import processes
 
 log = logging.getLogger(__name__)
 
@@ -387,7 +388,8 @@ def num_queries(model: Sam3Model) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for `hardware.device`: `auto` takes CUDA, then MPS, then the CPU.
+    """The device for `hardware.device`: `auto` takes CUDA, then MPS, then the CPU; of several
+    processes on a machine each takes a GPU of its own.
 
     Raises:
         ModelError: the device that is asked for is not there.
@@ -399,14 +401,19 @@ def choose_device(name: str) -> torch.device:
         elif torch.backends.mps.is_available():
             name = "mps"
     device = torch.device(name)
+    if device.type == "cuda" and processes.count() > 1:
+        device = torch.device("cuda", processes.local_rank())
     there = {
         "cuda": torch.cuda.device_count() > (device.index or 0),
         "mps": torch.backends.mps.is_available(),
     }
     if not there.get(device.type, device.type == "cpu"):
         raise ModelError(
-            f"hardware.device: expected a device of this machine, found no {name}; use auto or cpu"
+            f"hardware.device: expected a device of this machine, found no {device}; use auto or "
+            "cpu" + (", or a smaller --nproc_per_node" if processes.count() > 1 else "")
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose random state a checkpoint keeps
     return device
 
 

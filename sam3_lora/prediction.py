@@ -34,9 +34,14 @@ from lora_layers import (
 from sam3_lora import coco
 from sam3_lora.checkpoint import load_adapter
 from sam3_lora.dataset import place_on_canvas
-from sam3_lora.evaluation import Detections, detect_more, join_detections, resolve_model
+from sam3_lora.evaluation import (
+    Detections,
+    detect_more,
+    join_detections,
+    resolve_model,
+    summarize,
+)
 from sam3_lora.forward import PER_ROW, Forward
-from sam3_lora.metrics import DetectionAccumulator
 from sam3_lora.model import image_size
 from sam3_lora.tiles import merge_views, view_windows
 
@@ -356,23 +361,23 @@ def evaluate_tiles(
 
     Args:
         split: the ground truth.
-        images: all of `split.images`.
+        images: all of `split.images`, or this process's part of them.
 
     Returns:
         (summary, results) as of `evaluation.evaluate_split`, with `tile`; no tile has targets, so
         there are no `losses`.
     """
     limits = max_detections, score_threshold
-    accumulator = DetectionAccumulator(score_threshold, max_detections)
+    by_image: dict[int, Detections] = {}
     categories = np.array(list(split.categories))
     prompts = Prompts([split.phrase(category) for category in split.categories], [], [])
     for image in images:
         photo = coco.read_image(split.image_path(image))
         found = search(forward, photo, prompts, max_rows, *limits, tile)
         found["category_id"] = categories[found["category_id"] - 1]
-        accumulator.add_image(image["id"], found, found["rles"])
-    summary = {**accumulator.summary(split), "losses": {}, "tile": tile}
-    return summary, accumulator.results()
+        by_image[image["id"]] = found
+    summary, results = summarize(by_image, split, *limits)
+    return {**summary, "losses": {}, "tile": tile}, results
 
 
 def keep_boxed(found: Detections, boxes_xyxy: np.ndarray) -> Detections:

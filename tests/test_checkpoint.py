@@ -29,6 +29,7 @@ from sam3_lora.checkpoint import (
     read_checkpoint,
     remove_old_checkpoints,
     restore_rng,
+    rng_state,
     save_adapter,
     save_checkpoint,
 )
@@ -335,6 +336,7 @@ def test_checkpoint_round_trip(trained, base, tmp_path):
     random.seed(5)
     torch.manual_seed(5)
     random.gauss(0, 1)  # half a pair is kept inside
+    state["rng"] = rng_state()
     folder = save_checkpoint(tmp_path / "run", 30, state, adapter_of(trained))
     expected = random.random(), random.gauss(0, 1), torch.rand(4)
     assert folder == tmp_path / "run" / "checkpoint-30"

@@ -24,10 +24,12 @@ from sam3_lora.checkpoint import (
     read_checkpoint,
     remove_old_checkpoints,
     restore,
+    rng_state,
     save_adapter,
     save_checkpoint,
 )
 from sam3_lora.files import set_aside, write_text
+from sam3_lora.runlog import RunLog
 
 LORA = LoRAConfig(rank=2, alpha=4.0, target_modules=("fc1",), components=("detr_decoder",))
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork")
@@ -49,7 +51,7 @@ def adapter_of(model) -> dict:
 
 
 def save(run: Path, model, step: int, figure: list[float] | None = None) -> Path:
-    state = {"optimizer": optimizer_of(model).state_dict(), "scaler": {}}
+    state = {"optimizer": optimizer_of(model).state_dict(), "scaler": {}, "rng": [rng_state()]}
     return save_checkpoint(run, step, state | {"figure": figure}, adapter_of(model))
 
 
@@ -198,6 +200,12 @@ def test_what_the_system_says_is_told_with_the_file(run, model, number, monkeypa
             stream.write(bytes(content)[: len(content) // 2])
         raise OSError(number, os.strerror(number))
 
+    def add(path: Path) -> None:
+        log = RunLog(path.parent)
+        path.unlink()
+        path.mkdir()  # what nobody can add a line to
+        log.add_row({"step": 1})
+
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError) as error:
@@ -212,9 +220,9 @@ def test_what_the_system_says_is_told_with_the_file(run, model, number, monkeypa
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
     assert_whole(run)
     monkeypatch.undo()
-    with pytest.raises(OSError, match="expected to write it") as error:
-        write_text(run / "train.log" / "below.txt", "x")
-    assert "train.log" in str(error.value)
+    for name, work in (("train.log/below.txt", partial(write_text, text="x")), ("log.jsonl", add)):
+        with pytest.raises(OSError, match=f"{name}: expected to write it, found: .*; make room"):
+            work(run / name)
 
 
 @pytest.mark.parametrize("place", ["/proc/none/run", "{}/file/run", "{}/file"])

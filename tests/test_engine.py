@@ -4,6 +4,7 @@ import math
 import weakref
 from copy import deepcopy
 from functools import partial
+from itertools import repeat
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def step_of(loaded, batches, components=DETR_AND_VISION, **options):
     forward = adapted(loaded, components)
     before = lora_state_dict(forward.model)
     options = {"max_grad_norm": 0.1} | options
-    (record,) = train(forward, batches, accumulation=len(batches), **options)
+    (record,) = train(forward, batches, sizes=repeat(len(batches)), **options)
     return updates(forward, before), record
 
 
@@ -132,7 +133,7 @@ def test_adamw_takes_the_same_step_too(loaded):
     for parts in ([[0, 1, 2]], [[0], [1, 2]]):
         forward = adapted(loaded)
         optimizer = build_optimizer(forward.model, 1e-4, 0.01)
-        train(forward, [make_batch(p) for p in parts], optimizer, accumulation=len(parts))
+        train(forward, [make_batch(p) for p in parts], optimizer, sizes=repeat(len(parts)))
         found.append(lora_state_dict(forward.model))
     for name, value in found[0].items():
         assert float((value - found[1][name]).abs().max()) <= 1e-5, name
@@ -211,7 +212,7 @@ def test_records_of_an_epoch(loaded):
     optimizer = torch.optim.SGD([p for p in forward.model.parameters() if p.requires_grad], lr=0.5)
     batches = [make_batch([0]), make_batch([1]), make_batch([2])]
     records = train(
-        forward, batches, optimizer, accumulation=2, step=7, factor=lambda s: s / 100, max_rows=2
+        forward, batches, optimizer, sizes=repeat(2), step=7, factor=lambda s: s / 100, max_rows=2
     )
     assert [r["step"] for r in records] == [8, 9]
     assert [r["lr"] for r in records] == pytest.approx([0.5 * 0.07, 0.5 * 0.08])
@@ -383,7 +384,7 @@ def test_out_of_memory_takes_the_same_step_in_parts(loaded, whole_step, caplog, 
 def test_smaller_parts_last(loaded, caplog):
     forward = SmallMemory(adapted(loaded), images=3, rows=2)
     limits = Limits(images=4, rows=8)
-    train(forward, [make_batch([0, 1]), make_batch([2])], accumulation=2, limits=limits)
+    train(forward, [make_batch([0, 1]), make_batch([2])], sizes=repeat(2), limits=limits)
     # 5 rows of two images do not fit: the step again, one image and two rows at a time.
     first = [("images", 2), ("rows", 5), ("images", 1), ("rows", 2), ("rows", 1)]
     first += [("images", 1), ("rows", 2), ("images", 1), ("rows", 1)]

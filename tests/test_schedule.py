@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from sam3_lora.engine import (
+    Plan,
     build_optimizer,
     lr_factor,
     mean_record,
     memory_use,
     progress_text,
     seed_everything,
-    short_warmup,
 )
 
 # The learning rate --------------------------------------------------------------------------------
@@ -54,7 +54,12 @@ def test_short_runs_have_a_rate_from_0_to_1(schedule, total, warmup):
 
 
 def test_a_short_run_has_a_short_warmup():
-    assert [short_warmup(100, total) for total in (5000, 1000, 999, 9)] == [100, 100, 99, 0]
+    assert [Plan(1, 1, 1, steps, 100).warmup_steps for steps in (5000, 1000, 999, 9)] == [
+        100,
+        100,
+        99,
+        0,
+    ]
 
 
 # Optimizer, seeds, memory -------------------------------------------------------------------------

@@ -1,0 +1,357 @@
+"""One run in several processes, and runs that a signal ends: the same steps as one that is not."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate_sam3_lora
+import inference
+import prepare_data
+import train_sam3_lora
+from sam3_lora import processes
+from sam3_lora.loader import epoch_batches, share_steps
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMED = {"it_per_s", "img_per_s", "memory_gb", "memory_percent"}
+
+
+def test_a_step_is_shared_whole_and_evenly():
+    steps = epoch_batches(11, 4, 2, 7, shuffle=True)
+    for count in (1, 2, 3, 5):
+        parts = [share_steps(steps, 2, rank, count) for rank in range(count)]
+        for step, keys in enumerate(steps):
+            own = []
+            for batches, sizes in parts:
+                assert len(sizes) == len(steps)
+                start = sum(sizes[:step])
+                own.append([key for b in batches[start : start + sizes[step]] for key in b])
+            assert sorted(key for part in own for key in part) == sorted(keys)
+            assert max(map(len, own)) - min(map(len, own)) <= 1
+        assert all(len(batch) <= 2 for batches, _ in parts for batch in batches)
+    assert share_steps(steps, 2, 4, 5) == ([], [0, 0, 0])
+    assert share_steps(steps, 4, 0, 1) == (steps, [1, 1, 1])
+
+
+def test_one_process_needs_no_connection():
+    assert (processes.count(), processes.rank(), processes.is_main()) == (1, 0, True)
+    with processes.joined():
+        assert processes.gather({"a": 1}) == [{"a": 1}]
+        assert processes.share([1, 2, 3]) == [1, 2, 3]
+        losses = {"loss": torch.tensor(2.0)}
+        assert processes.sum_gradients([torch.zeros(3)], losses) is losses
+
+
+def test_the_command_to_go_on_is_that_of_the_start(monkeypatch):
+    words = ["train.py", "--config", "a run/config.yaml", "--resume"]
+    assert processes.command(words) == "python train.py --config 'a run/config.yaml' --resume"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert processes.command(words).startswith("torchrun --nproc_per_node 2 train.py --config")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def fork(work, folder: Path, count: int = 1) -> list[tuple[int, str]]:
+    """Runs `work(rank)` in so many connected processes; exit code and stderr of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    children, port = [], str(free_port())
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                if count > 1:
+                    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
+                    values = map(str, (count, count, rank, rank))
+                    os.environ.update(zip(names, values, strict=True))
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                for stream, name in ((1, "out"), (2, "err")):
+                    file = os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                    os.dup2(file, stream)
+                sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+                code = work(rank)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return [(code, (folder / f"{rank}.err").read_text()) for rank, code in enumerate(codes)]
+
+
+@pytest.fixture(scope="module")
+def data_dir(write_source, tmp_path_factory):
+    root = tmp_path_factory.mktemp("shared")
+    for split, count in (("train", 5), ("val", 3)):
+        source = write_source(root / f"source_{split}", count)
+        args = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
+        assert prepare_data.main([*args, "--output_dir", str(root / "data"), "--split", split]) == 0
+    return root / "data"
+
+
+@pytest.fixture
+def train_args(tiny_model_dir, data_dir):
+    """Arguments of a run of 6 steps in 3 epochs, the last step of each with one image."""
+
+    def build(output: Path, *more: str) -> list[str]:
+        return [
+            *("--config", str(ROOT / "configs" / "minimal_lora_config.yaml")),
+            *("--model_name", str(tiny_model_dir), "--train_data_path", str(data_dir / "train")),
+            *("--output_dir", str(output), "--num_workers", "0", "--batch_size", "4"),
+            *("--num_epochs", "3", "--logging_steps", "1", "--prompts_per_image", "3"),
+            *("--lora_apply_to_mask_decoder", "true", "--learning_rate", "1e-3", *more),
+        ]
+
+    return build
+
+
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, two: Path, tolerance: float = 0.0) -> None:
+    """The same figures logged, but of time and memory, and the same adapters."""
+    rows, others = read_log(one), read_log(two)
+    assert [r.keys() for r in rows] == [r.keys() for r in others]
+    for row, other in zip(rows, others, strict=True):
+        for name in row.keys() - TIMED:
+            assert row[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
+    for name in ("best_model", "last_model"):
+        mine, theirs = (
+            torch.load(run / name / "lora_weights.pt", weights_only=True)["lora"]
+            for run in (one, two)
+        )
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert float((value - theirs[key]).abs().max()) <= tolerance, key
+
+
+@pytest.mark.scripts
+class TestSeveral:
+    def test_two_processes_are_one(self, train_args, tmp_path):
+        one, two = tmp_path / "one", tmp_path / "two"
+        assert fork(lambda _: train_sam3_lora.main(train_args(one)), tmp_path / "a") == [
+            (0, (tmp_path / "a/0.err").read_text())
+        ]
+        args = train_args(two, "--batch_size", "2", "--max_rows_per_forward", "2")
+        results = fork(lambda _: train_sam3_lora.main(args), tmp_path / "b", 2)
+        assert [code for code, _ in results] == [0, 0], results
+        assert "4 images a step in 2 processes" in results[0][1]
+        assert results[1][1] == ""
+        assert_same_run(one, two, tolerance=1e-5)
+        largest = max(
+            float(value.abs().max())
+            for value in torch.load(two / "last_model/lora_weights.pt")["lora"].values()
+        )
+        assert largest > 1e-3
+
+    @pytest.mark.parametrize("first, second", [(2, 1), (1, 3)])
+    def test_a_run_goes_on_with_another_number(self, train_args, tmp_path, first, second):
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        assert fork(lambda _: train_sam3_lora.main(train_args(whole)), tmp_path / "a")[0][0] == 0
+        args = train_args(cut, "--batch_size", str(4 // first), "--save_steps", "3")
+
+        def stopped(rank: int) -> int:
+            stop_at(3, signal.SIGTERM if rank == first - 1 else None)
+            return train_sam3_lora.main(args)
+
+        results = fork(stopped, tmp_path / "b", first)
+        assert [code for code, _ in results] == [143] * first, results
+        rest = [*args, "--resume"]
+        results = fork(lambda _: train_sam3_lora.main(rest), tmp_path / "c", second)
+        assert [code for code, _ in results] == [0] * second, results
+        assert_same_run(whole, cut, tolerance=1e-5)
+
+    def test_a_killed_process_ends_the_others(self, train_args, tmp_path):
+        run = tmp_path / "run"
+
+        def killed(rank: int) -> int:
+            if rank == 1:
+                stop_at(3, signal.SIGKILL)
+            return train_sam3_lora.main(
+                train_args(run, "--batch_size", "2", "--save_steps", "2", "--debug")
+            )
+
+        (code, text), (other, _) = fork(killed, tmp_path / "a", 2)
+        assert (code, other) == (2, -signal.SIGKILL)
+        line = text.splitlines()[-1]
+        assert line.startswith("error: process 0: expected an answer from all 2 processes")
+        assert "--resume" in line
+        assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
+
+    def test_torchrun_starts_them_and_tells_the_first_error(self, train_args, tmp_path):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command += ["--master_port", str(free_port()), str(ROOT / "train_sam3_lora.py")]
+        args = train_args(tmp_path / "run", "--batch_size", "2", "--num_epochs", "1")
+        done = subprocess.run([*command, *args], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run/last_model/lora_weights.pt").exists()
+        bad = subprocess.run(
+            [*command, *args, "--lora_rank", "no"], capture_output=True, text=True, check=False
+        )
+        assert bad.returncode != 0
+        assert bad.stderr.count("error: process 0: --lora_rank") == 1
+        assert "error: process 1" not in bad.stderr
+
+    def test_evaluation_and_a_folder_of_images(self, train_args, data_dir, tmp_path):
+        run = tmp_path / "run"
+        args = train_args(run, "--num_epochs", "1")
+        assert fork(lambda _: train_sam3_lora.main(args), tmp_path / "a")[0][0] == 0
+        weights = ["--lora_weights", str(run / "best_model"), "--device", "cpu"]
+        for count in (1, 2):
+            out = tmp_path / str(count)
+            split = ["--data_dir", str(data_dir), "--split", "train", "--num_workers", "0"]
+            flags = [*weights, *split, "--compare", "--output_dir", str(out / "eval")]
+            results = fork(lambda _, f=flags: evaluate_sam3_lora.main(f), out / "e", count)
+            assert [code for code, _ in results] == [0] * count, results
+            tiled = [*weights, *split, "--tile", "0.5", "--output_dir", str(out / "tiled")]
+            results = fork(lambda _, f=tiled: evaluate_sam3_lora.main(f), out / "t", count)
+            assert [code for code, _ in results] == [0] * count, results
+            photos = ["--image", str(data_dir / "train/images"), "--text_prompt", "red part"]
+            photos += ["--threshold", "0.01", "--json", str(out / "all.json")]
+            photos += ["--output", str(out / "photos")]
+            results = fork(lambda _, f=weights + photos: inference.main(f), out / "i", count)
+            assert [code for code, _ in results] == [0] * count, results
+        one, two = tmp_path / "1", tmp_path / "2"
+        for name in ("eval/metrics.json", "eval/detections.json", "eval/base_detections.json"):
+            assert_close(*(json.loads((out / name).read_text()) for out in (one, two)))
+        for name in ("tiled/detections.json", "all.json"):
+            assert (one / name).read_text() == (two / name).read_text()
+        assert (one / "e/0.out").read_text() == (two / "e/0.out").read_text() != ""
+        assert (two / "e/1.out").read_text() == ""
+        names = [sorted(p.name for p in (out / "photos").iterdir()) for out in (one, two)]
+        assert names[0] == names[1] and len(names[0]) == 5
+        lines = [sum((out / f"i/{r}.out").read_text().count("\n") for r in range(n))
+                 for out, n in ((one, 1), (two, 2))]  # fmt: skip
+        assert lines == [5, 5]
+
+
+def assert_close(one, two) -> None:
+    """Equal JSON, numbers to rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_close(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_close(left, right)
+    elif isinstance(one, float):
+        assert one == pytest.approx(two, rel=1e-9, abs=1e-12)
+    else:
+        assert one == two
+
+
+def stop_at(step: int, number: int | None) -> None:
+    """Sends this process a signal as it logs a step."""
+    original = train_sam3_lora.log_steps
+
+    def log_steps(run, epoch):
+        if run.step == step and number:
+            os.kill(os.getpid(), number)
+        return original(run, epoch)
+
+    train_sam3_lora.log_steps = log_steps
+
+
+@pytest.mark.scripts
+class TestSignals:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    def test_a_stopped_run_is_saved_and_goes_on_as_if_it_had_not(
+        self, train_args, data_dir, tmp_path, number
+    ):
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        more = ["--val_data_path", str(data_dir / "val"), "--eval_steps", "1"]
+        more += ["--mask_loss", "points", "--lora_dropout", "0.2", "--save_total_limit", "1"]
+        more += ["--logging_steps", "4", "--num_workers", "1"]
+        assert train_sam3_lora.main(train_args(whole, *more)) == 0
+        args = train_args(cut, *more)
+        step = random.Random(number).choice([1, 2, 3])
+
+        def stopped(_: int) -> int:
+            original = train_sam3_lora.end_step
+
+            def end_step(run):
+                if run.step == step:  # within it: the evaluation of this step is left out
+                    os.kill(os.getpid(), number)
+                original(run)
+
+            train_sam3_lora.end_step = end_step
+            return train_sam3_lora.main(args)
+
+        ((code, text),) = fork(stopped, tmp_path / "a")
+        assert code == 128 + number
+        assert "this step is finished and saved" in text
+        last = text.splitlines()[-1]
+        assert f"stopped at step {step}; to go on: python" in last
+        assert (cut / f"checkpoint-{step}").is_dir()
+        words = last.split("to go on: python ")[1].split()
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, check=False, cwd=Path.cwd()
+        )
+        assert done.returncode == 0, done.stderr
+        assert_same_run(whole, cut)
+
+    def test_a_second_signal_ends_it_at_once(self, train_args, tmp_path):
+        def stopped(_: int) -> int:
+            def end_step(run):
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+            train_sam3_lora.end_step = end_step
+            return train_sam3_lora.main(train_args(tmp_path / "run"))
+
+        ((code, text),) = fork(stopped, tmp_path / "a")
+        assert code == 130
+        assert text.endswith("interrupted\n")
+        assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+    def test_what_is_ignored_stays_so(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with processes.watch() as signals:
+                os.kill(os.getpid(), signal.SIGHUP)
+                signals.check()
+                assert signal.getsignal(signal.SIGTERM) == signals.receive
+            assert signal.getsignal(signal.SIGTERM) != signals.receive
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def test_a_killed_loader_process_ends_the_run_in_order(self, train_args, tmp_path):
+        def killed(_: int) -> int:
+            original = train_sam3_lora.log_steps
+
+            def log_steps(run, epoch):
+                if run.step == 3:
+                    for child in Path("/proc/self/task").glob("*/children"):
+                        for pid in child.read_text().split():
+                            os.kill(int(pid), signal.SIGKILL)
+                return original(run, epoch)
+
+            train_sam3_lora.log_steps = log_steps
+            args = train_args(tmp_path / "run", "--num_workers", "1", "--batch_size", "1")
+            return train_sam3_lora.main([*args, "--num_epochs", "2"])
+
+        if not Path("/proc/self/task").is_dir():
+            pytest.skip("needs /proc to find the children")
+        ((code, text),) = fork(killed, tmp_path / "a")
+        assert code == 2
+        lines = text.splitlines()
+        assert lines[-1].startswith("error: expected 1 processes that load images")
+        assert "to go on: python" in lines[-2]
+        assert list((tmp_path / "run").glob("checkpoint-*"))
