@@ -198,14 +198,10 @@ def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict
 def is_matrix(value: Any) -> bool:
     """Whether a value, of a file of anyone's, can be A or B: of real numbers, each of them stored.
     A view of a few numbers can stand for more than fit in memory."""
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and value.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-        and value.ndim == 2
-        and value.nbytes <= value.untyped_storage().nbytes()
-    )
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    real = value.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    return real and value.ndim == 2 and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def load_adapter(

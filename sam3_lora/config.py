@@ -102,7 +102,7 @@ def _expectation(key: Key) -> str:
     bounds = [f"{word} {key.limits[name]}" for name, word in wording.items() if name in key.limits]
     bounds += ["or null"] if key.optional else []
     default = _as_text(key.default)
-    default = ",".join(default) if isinstance(default, list) else default
+    default = ",".join(default) if key.kind is tuple else default
     return " ".join([text, *bounds]) + ("" if default is None else f" (default {default})")
 
 
@@ -238,9 +238,9 @@ def load_config(config_path: Path | None, argv_overrides: dict[str, Any]) -> Con
             section = replace(getattr(config, key.section), **{key.name: _convert(key, value)})
             config = replace(config, **{key.section: section})
         except (ValueError, KeyError, TypeError):
-            found_value = "null" if value is None else shorten(repr(value))
-            place = f"{source}: {key.section}.{key.name} is {found_value}"
-            problems.append(f"{place}, {_expectation(key)}")
+            text = "null" if value is None else shorten(repr(value))
+            text = f"{key.section}.{key.name} is {text}, {_expectation(key)}"
+            problems.append(f"{source}: {text}")
     if problems := problems + find_clashes(config):
         raise ConfigError("; ".join(problems))
     return config
