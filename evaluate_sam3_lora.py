@@ -72,7 +72,7 @@ from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS, PromptDataset, other_words
 from sam3_lora.drawing import draw_panel
 from sam3_lora.engine import LossError, TooLargeError
 from sam3_lora.evaluation import evaluate_split, load_forward, resolve_model
-from sam3_lora.files import check_writable, write_json, write_picture, write_text
+from sam3_lora.files import check_writable, set_aside, write_json, write_picture, write_text
 from sam3_lora.forward import Forward
 from sam3_lora.intervals import Evaluated, calibrate, format_thresholds
 from sam3_lora.loader import build_loader, epoch_batches
@@ -80,7 +80,7 @@ from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.metrics import format_comparison, format_summary
 from sam3_lora.model import ModelError, image_size, num_queries
 from sam3_lora.prediction import evaluate_tiles
-from sam3_lora.prompts import add_tile_flag, parse_count
+from sam3_lora.prompts import add_tile_flag, parse_count, parse_split
 from sam3_lora.report import (
     EVERYDAY_WORDS,
     PANEL_TITLES,
@@ -121,11 +121,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"--report: resamples of the intervals, 0 for none (default: {BOOTSTRAP})")
     add("--probe_dir", type=Path, metavar="DIR",
         help="--report: data folder with other concepts, to see whether the adapter forgot them")
-    add("--probe_split", help="of --probe_dir (default: test)")
+    add("--probe_split", type=parse_split, help="of --probe_dir (default: test)")
     add("--calibrate", action="store_true",
         help="choose each category's threshold on the split and store it in the adapter's file")
     add("--data_dir", type=Path, default=Path("data"), help="data folder (default: data)")
-    add("--split", default="val", help="train, val or test (default: val)")
+    add("--split", type=parse_split, default="val", help="train, val or test (default: val)")
     add("--prompt_with", choices=(*PROMPT_WITH, "all"), default="text",
         help="ask for an image's categories with text, with a box round one object, or with both; "
         "absent categories keep their text (default: text)")
@@ -228,7 +228,11 @@ def choose_more(
     }
     more = {"words": replace(split, **asked)}
     if args.probe_dir:
-        more["probe"] = read_images(split_dir(args.probe_dir, args.probe_split or "test"), config)
+        try:
+            probe = read_images(split_dir(args.probe_dir, args.probe_split or "test"), config)
+        except DatasetError as error:
+            raise DatasetError(f"--probe_dir, --probe_split: {error}") from error
+        more["probe"] = probe
     return more, strangers
 
 
@@ -382,7 +386,7 @@ def write_files(
     if earlier and replaced:
         for name in COMPARISON_FILES:  # which this evaluation may not write
             (output_dir / name).unlink(missing_ok=True)
-    elif earlier and (moved := checkpoint.set_aside(output_dir)):
+    elif earlier and (moved := set_aside(output_dir)):
         log.warning("%s held an earlier evaluation: renamed to %s", output_dir, moved)
     write_json(output_dir / "metrics.json", metrics, indent=2)
     for name, results in found.items():

@@ -23,7 +23,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -39,8 +38,16 @@ from sam3_lora import checkpoint
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.evaluation import validation_figures
 from sam3_lora.exchange import PEFT_CONFIG, fit, portable_name, read_source, write_peft
-from sam3_lora.files import check_writable
-from sam3_lora.model import PUBLISHED, ModelError, load_model, load_video_model, save_model
+from sam3_lora.files import check_writable, set_aside
+from sam3_lora.model import (
+    HUB_ID,
+    PUBLISHED,
+    ModelError,
+    load_model,
+    load_video_model,
+    mark_merged,
+    save_model,
+)
 
 log = logging.getLogger("export")
 
@@ -50,8 +57,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_REASON = 200
 # Targets that a card lists: an imported adapter may name each layer.
 MAX_TARGETS = 12
-# A hub id, to which a card can link.
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 TOKEN_NOTES = {
     "meta": """\
@@ -72,7 +77,6 @@ The difference was not measured here. Evaluate the adapter twice on one split, a
         --metrics as_trained/metrics.json --stock_metrics stock/metrics.json"""
 VIDEO_SNIPPET = """\
 from transformers import Sam3VideoModel, Sam3VideoProcessor
-
 model = Sam3VideoModel.from_pretrained({folder!r}).eval()
 # The processor needs the base's video processor; where it has none, name facebook/sam3.
 processor = Sam3VideoProcessor.from_pretrained({folder!r})"""
@@ -147,8 +151,10 @@ def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:
     place = Path(os.path.abspath(output))
     check_writable(place.parent, "--output_dir")
     used = [path.resolve() for path in (Path(), *inputs) if path.exists()]
-    if any(path.is_relative_to(place.resolve()) for path in used):
-        raise ConfigError(f"{output} holds files in use, so it is not renamed; name another place")
+    is_other = os.path.lexists(place) and not (place.is_dir() or place.is_file())
+    if is_other or any(path.is_relative_to(place.resolve()) for path in used):
+        found = "is a device or a broken link" if is_other else "holds files in use"
+        raise ConfigError(f"--output_dir: {output} {found}, and is not renamed; name another place")
     names = {path.name for path in place.iterdir()} if place.is_dir() else set()
     is_export = CARD in names and names & {PEFT_CONFIG, "config.json"}
     if overwrite and (names or place.is_file()) and not is_export:
@@ -160,7 +166,7 @@ def make_way(place: Path, overwrite: bool) -> None:
     """Removes an earlier export, or renames it."""
     if overwrite and place.is_dir():
         shutil.rmtree(place)
-    elif not overwrite and (moved := checkpoint.set_aside(place)):
+    elif not overwrite and (moved := set_aside(place)):
         log.warning("%s was there: renamed to %s", place, moved)
 
 
@@ -204,7 +210,7 @@ def merge(args: argparse.Namespace) -> Path:
     checkpoint.load_adapter(args.lora_weights, detector, content)
     remove_lora(detector, keep_update=True)
     config = model.config.detector_config if args.video else model.config
-    checkpoint.mark_merged(config, content)
+    mark_merged(config, checkpoint.adapter_fingerprint(content))
 
     def fill(folder: Path) -> None:
         if not save_model(model, name, folder, DTYPES[args.dtype]):
@@ -217,7 +223,8 @@ def merge(args: argparse.Namespace) -> Path:
 
 def import_adapter(args: argparse.Namespace) -> Path:
     """Writes an adapter of another format as ours, once all of it fits the base."""
-    if args.output.suffix != ".pt" or args.output.is_dir():
+    is_other = os.path.lexists(args.output) and not args.output.is_file()
+    if args.output.suffix != ".pt" or is_other:
         raise ConfigError(f"--output: expected a file name that ends in .pt, found {args.output}")
     place = Path(os.path.abspath(args.output))
     check_writable(place.parent, "--output")
@@ -327,14 +334,9 @@ def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[s
     names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
     if not names:
         return ["The adapter's file holds none."]
-    rows = [
-        [
-            name,
-            *("undefined" if f.get(name) is None else f"{f[name]:.4g}" for f in columns.values()),
-        ]
-        for name in names
-    ]
-    return table(["", *columns], rows)
+    found = [[figures.get(name) for figures in columns.values()] for name in names]
+    shown = [["undefined" if f is None else f"{f:.4g}" for f in row] for row in found]
+    return table(["", *columns], [[name, *row] for name, row in zip(names, shown, strict=True)])
 
 
 def read_metrics(

@@ -58,12 +58,12 @@ import numpy as np
 
 from lora_layers import AdapterError
 from sam3_lora import coco, config, processes, video
-from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter, set_aside
+from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter
 from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import Detections, load_forward
-from sam3_lora.files import check_writable, write_json, write_picture
+from sam3_lora.files import check_writable, set_aside, write_json, write_picture
 from sam3_lora.forward import Forward
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import ModelError, build_tracker
@@ -205,10 +205,10 @@ def plan_overlays(args: argparse.Namespace, images: list[Path]) -> list[Path]:
     written = overlays + jsons
     uses = Counter(path.resolve() for path in images + written)
     for path in written:
-        if path.is_dir() or uses[path.resolve()] > 1:
+        if (path.exists() and not path.is_file()) or uses[path.resolve()] > 1:
             raise ConfigError(
-                f"--output, --json: {path} is a folder, an input, or the name of two outputs; name "
-                "another place"
+                f"{'--json' if path == args.json else '--output'}: {path} is a folder or device, "
+                "an input, or the name of two outputs; name another place"
             )
     for flag, path in (("--output", overlays[0]), ("--json", jsons[0])):
         check_writable(path.parent, flag)
@@ -224,6 +224,7 @@ def read_adapters(words: list[str], routed: bool) -> dict[str, dict[str, Any]]:
     """The adapters of --lora_weights by name: what each file holds, and its `path`. One of several,
     or that is `routed` to, cannot be named as the base."""
     adapters: dict[str, dict[str, Any]] = {}
+    problems = []
     for word in words:
         name, _, path = word.partition("=")
         if not path or "/" in name or "\\" in name or Path(word).exists():  # a = in a path
@@ -235,7 +236,13 @@ def read_adapters(words: list[str], routed: bool) -> dict[str, dict[str, Any]]:
                 f"--lora_weights: expected adapters of different names, none of them {BASE}, found "
                 f"{name!r} for {path}; give another by NAME={path}"
             )
-        adapters[name] = {**read_adapter(Path(path)), "path": Path(path)}
+        try:
+            adapters[name] = {**read_adapter(Path(path)), "path": Path(path)}
+        except AdapterError as error:
+            adapters[name] = {}
+            problems.append(str(error))
+    if problems:
+        raise AdapterError("; ".join(problems))
     return adapters
 
 
@@ -401,14 +408,16 @@ def write_image(
 def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> None:
     """Runs the prompts on the frames of a video and writes what is found."""
     if args.tracker == "sam3":
-        unused = (
-            args.bboxes or args.nms_iou is not None or args.tile or options.hardware.use_compile
-        )
-        if unused:
+        given = {
+            "--bboxes": args.bboxes,
+            "--nms_iou": args.nms_iou is not None,
+            "--tile": args.tile,
+            "--use_compile": options.hardware.use_compile,
+        }
+        if words := [flag for flag, value in given.items() if value]:
             raise ConfigError(
-                "--bboxes, --nms_iou, --tile, --use_compile: --tracker sam3 takes texts alone, "
-                "whole frames, parts overlaps itself, and is not compiled; drop them, or use "
-                "--tracker iou"
+                f"{', '.join(words)}: --tracker sam3 takes texts alone, whole frames, parts "
+                "overlaps itself, and is not compiled; leave it out, or use --tracker iou"
             )
         # The library's model has one precision for all its parts.
         options = replace(options, hardware=replace(options.hardware, mixed_precision="no"))
@@ -444,8 +453,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.video:
         run_video(args, options, prompts)
         return 0
-    if (args.every, args.fps, args.tracker) != (1, None, "iou"):
-        raise ConfigError("--every, --fps, --tracker: expected --video, found --image; drop them")
+    given = {"--every": args.every != 1, "--fps": args.fps, "--tracker": args.tracker != "iou"}
+    if words := [flag for flag, value in given.items() if value]:
+        raise ConfigError(f"{', '.join(words)}: expected --video, found --image; leave it out")
     images = list_images(args.image)
     check_images(images, prompts.boxes_xyxy)
     overlays = plan_overlays(args, images)

@@ -240,7 +240,7 @@ def _check_ranges(rank: int, alpha: float, dropout: float) -> None:
     """Raises AdapterError for a setting out of range."""
     if rank < 1:
         raise AdapterError(f"lora.rank: expected an integer >= 1, found {rank}")
-    if alpha <= 0:
+    if not 0 < alpha < math.inf:
         raise AdapterError(f"lora.alpha: expected a number > 0, found {alpha}")
     if not 0.0 <= dropout < 1.0:
         raise AdapterError(f"lora.dropout: expected a number in [0, 1), found {dropout}")
@@ -262,11 +262,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
             that is adapted already. Nothing has been replaced then.
     """
     if any(True for _ in lora_modules(model)):
-        raise AdapterError(
-            "the model is adapted already: expected a base model without LoRA layers"
-        )
+        raise AdapterError("the model is adapted already: expected one without LoRA layers")
     _check_ranges(config.rank, config.alpha, config.dropout)
     matched = match_modules(model, config)
+    most = max(min(model.get_submodule(name).weight.shape) for name in matched)
+    if config.rank > most:  # and no layer's update can have it
+        raise AdapterError(f"lora.rank: expected at most {most}, found {config.rank}")
     model.requires_grad_(False)
     for name in matched:
         base = model.get_submodule(name)

@@ -59,6 +59,7 @@ from sam3_lora.config import (
 from sam3_lora.dataset import PromptDataset
 from sam3_lora.evaluation import describe, evaluate_split, rank, validation_figures
 from sam3_lora.features import FeatureCache, FeatureError, cacheable_parts
+from sam3_lora.files import set_aside
 from sam3_lora.forward import Forward
 from sam3_lora.loader import LoaderError, build_loader, epoch_batches, share_steps
 from sam3_lora.losses import compute_losses, count_targets
@@ -73,6 +74,7 @@ from sam3_lora.model import (
     num_queries,
     train_adapted,
 )
+from sam3_lora.options import find_idle
 from sam3_lora.overview import detections_panel
 
 log = logging.getLogger("train")
@@ -225,7 +227,7 @@ def open_folder(run: Run) -> None:
     processes.wait()
     if not processes.is_main():
         return
-    moved = None if output.resume else checkpoint.set_aside(run.folder, output.overwrite)
+    moved = None if output.resume else set_aside(run.folder, output.overwrite)
     setup_logging(run.folder / "train.log")
     save_settings(run, run.folder)
     trainable, base = count_parameters(forward.model)
@@ -270,8 +272,18 @@ def describe_run(run: Run) -> None:
         log.warning("the training split has no object: every prompt is trained as absent")
     elif not run.forward.masks:
         log.warning("the training split has no masks: training on boxes, without the mask loss")
+    for words in find_idle(run.config, len(evaluated_steps(run)) if run.val_set else 0):
+        log.warning("without effect: %s", words)
     if run.plan.warmup_steps < run.config.training.warmup_steps:
         log.warning("warmup_steps: %d, a tenth of this short run", run.plan.warmup_steps)
+
+
+def evaluated_steps(run: Run) -> set[int]:
+    """The steps of a whole run after which the validation split is evaluated."""
+    every = run.plan.steps_per_epoch, run.config.training.eval_steps
+    return {n for step in every for n in range(step, run.plan.total_steps + 1, step)} | {
+        run.plan.total_steps
+    }
 
 
 def resume(run: Run) -> None:

@@ -10,11 +10,14 @@ Both files hold tensors, numbers, strings and containers of them, and load with 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -31,7 +34,8 @@ from lora_layers import (
     lora_state_dict,
     remove_lora,
 )
-from sam3_lora.files import write_atomically
+from sam3_lora.files import check_writable, discard, remove, sync, write_atomically
+from sam3_lora.model import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +56,8 @@ ENTRIES = {
 # What a file may say of its adapter.
 DESCRIPTION = {"base_model": str, "base_fingerprint": str, "geometry_cls": str, "step": int}
 DESCRIPTION |= dict.fromkeys(("categories", "metrics", "thresholds", "calibration"), dict)
-# Weights that no two SAM 3 models share and no precision casts: they tell one base from another.
-FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.reference_points.weight")
-# Of a merged model's configuration: these two weights alone do not tell it from its base.
-MERGED = "merged_adapter"
+# What reading or loading the content of another file as a state can raise.
+NOT_A_STATE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def adapter_fingerprint(content: dict[str, Any]) -> str:
@@ -65,27 +67,6 @@ def adapter_fingerprint(content: dict[str, Any]) -> str:
     digest = hashlib.sha256(f"{content['base_fingerprint']} {lora.alpha / lora.rank}".encode())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def mark_merged(config: Any, content: dict[str, Any]) -> None:
-    """Writes into a merged model's configuration what was merged, so that no adapter of its base,
-    nor the same one a second time, fits it.
-
-    Args:
-        config: of the merged model.
-        content: of the adapter, from `read_adapter`.
-    """
-    setattr(config, MERGED, adapter_fingerprint(content))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A short name for a base model's weights: 16 hex digits of a SHA-256 over two of them and, of
-    a merged model, what was merged."""
-    digest = hashlib.sha256()
-    for name in FINGERPRINT_WEIGHTS:
-        digest.update(model.get_parameter(name).detach().float().cpu().numpy().tobytes())
-    digest.update(getattr(getattr(model, "config", None), MERGED, "").encode())
     return digest.hexdigest()[:16]
 
 
@@ -134,46 +115,57 @@ def read_adapter(path: Path) -> dict[str, Any]:
     wrong = [k for k, kind in ENTRIES.items() if not isinstance(content.get(k), kind)]
     if wrong:
         raise AdapterError(
-            f"{path}: expected a complete adapter, found no valid {', '.join(wrong)}"
+            f"{path}: expected a complete adapter, found no valid {', '.join(wrong)}; take the "
+            "adapter from its run again"
         )
     if content["version"] > VERSION:
         raise AdapterError(
             f"{path}: expected adapter version <= {VERSION}, found {content['version']}; update "
             "this project"
         )
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in content["lora_config"].items()}
+    tensors = content["lora"]
+    odd = [k for k, v in tensors.items() if not isinstance(k, str) or not is_matrix(v)]
+    odd += [k for k, v in tensors.items() if k not in odd and not v.isfinite().all()]
+    if odd:
+        raise AdapterError(
+            f"{path}: expected matrices of finite numbers, found {odd[0]!r:.80} and "
+            f"{len(odd) - 1} more; take the adapter from its run again"
+        )
+    check_description(content, path)
+    return {**content, "lora_config": _read_lora_config(content["lora_config"], path)}
+
+
+def _read_lora_config(written: dict[str, Any], path: Path) -> LoRAConfig:
+    """A file's `lora_config`; AdapterError unless it is one."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
     known = {field.name: type(field.default) for field in dataclass_fields(LoRAConfig)}
     # LoRAConfig(alpha=16) is as good as 16.0.
     whole = [k for k, v in fields.items() if type(v) is int and known.get(k) is float]
     fields |= {k: float(fields[k]) for k in whole}
     odd = [k for k in known.keys() | fields.keys() if type(fields.get(k)) is not known.get(k)]
-    if odd:
-        raise AdapterError(f"{path}: lora_config: expected {known}, found other {', '.join(odd)}")
-    odd = [k for k, v in content["lora"].items() if not _is_finite_tensor(v)]
+    texts = [text for value in fields.values() if isinstance(value, tuple) for text in value]
+    odd += ["names"] if not all(isinstance(text, str) for text in texts) else []
     if odd:
         raise AdapterError(
-            f"{path}: expected finite tensors, found {odd[0]} and {len(odd) - 1} more"
+            f"{path}: lora_config: expected {', '.join(known)} alone, of their types, found other "
+            f"{', '.join(map(str, odd))}; take the adapter from its run again"
         )
-    check_description(content, path)
-    return {**content, "lora_config": LoRAConfig(**fields)}
+    return LoRAConfig(**fields)
 
 
 def check_description(content: dict[str, Any], path: Path) -> None:
     """Raises AdapterError where a file's entries of `DESCRIPTION` are not what is read of them."""
+    is_sound = {
+        "categories": _are_texts,
+        "calibration": lambda made: _are_texts(made.get("prompts", {})),
+        "geometry_cls": lambda kind: kind in ("meta", "hf"),
+        "metrics": lambda own: all(isinstance(v, float | int | None) for v in own.values()),
+        "thresholds": lambda own: all(
+            isinstance(k, str) and type(v) in (int, float) and 0 <= v <= 1 for k, v in own.items()
+        ),
+    }
     odd = {k for k, v in content.items() if not isinstance(v, DESCRIPTION.get(k, object))}
-    if not _are_texts(content.get("categories", {})):
-        odd.add("categories")
-    if "calibration" not in odd and not _are_texts(
-        content.get("calibration", {}).get("prompts", {})
-    ):
-        odd.add("calibration")
-    if content.get("geometry_cls", "meta") not in ("meta", "hf"):
-        odd.add("geometry_cls")
-    if not _are_thresholds(content.get("thresholds", {})):
-        raise AdapterError(
-            f"{path}: thresholds: expected numbers from 0 to 1 by category name, found "
-            f"{str(content['thresholds'])[:80]}; take the adapter from its run again"
-        )
+    odd |= {k for k in is_sound.keys() & content.keys() - odd if not is_sound[k](content[k])}
     if odd:
         raise AdapterError(
             f"{path}: expected a description as this project writes it, found another "
@@ -185,14 +177,6 @@ def _are_texts(values: Any) -> bool:
     """Whether values are texts by name."""
     texts = [t for pair in values.items() for t in pair] if isinstance(values, dict) else [None]
     return all(isinstance(text, str) for text in texts)
-
-
-def _are_thresholds(values: Any) -> bool:
-    """Whether values can be the lowest scores kept, by category name."""
-    return isinstance(values, dict) and all(
-        isinstance(name, str) and type(value) in (int, float) and 0 <= value <= 1
-        for name, value in values.items()
-    )
 
 
 def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict[str, Any]) -> None:
@@ -211,9 +195,13 @@ def store_thresholds(path: Path, thresholds: dict[str, float], calibration: dict
     _write({**_read(path), "thresholds": thresholds, "calibration": calibration}, path)
 
 
-def _is_finite_tensor(value: Any) -> bool:
-    """Whether a value can be a weight."""
-    return isinstance(value, torch.Tensor) and bool(value.isfinite().all())
+def is_matrix(value: Any) -> bool:
+    """Whether a value, of a file of anyone's, can be A or B: of real numbers, each of them stored.
+    A view of a few numbers can stand for more than fit in memory."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    real = value.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    return real and value.ndim == 2 and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def load_adapter(
@@ -234,12 +222,15 @@ def load_adapter(
     """
     content = content or read_adapter(path)
     check_base(content, model, path)
-    apply_lora(model, content["lora_config"])
     try:
-        load_lora_state_dict(model, content["lora"])
-    except AdapterError:
-        remove_lora(model)
-        raise
+        apply_lora(model, content["lora_config"])
+        try:
+            load_lora_state_dict(model, content["lora"])
+        except AdapterError:
+            remove_lora(model)
+            raise
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}; take the adapter from its run again") from error
     return content
 
 
@@ -257,13 +248,13 @@ def read_weights(path: Path, model: nn.Module, lora: LoRAConfig) -> dict[str, to
     content = read_adapter(path)
     check_base(content, model, path)
     theirs, ours = (
-        (c.rank, c.alpha, set(c.target_modules), set(c.components))
+        {k: sorted(v) if isinstance(v, tuple) else v for k, v in vars(c).items() if k != "dropout"}
         for c in (content["lora_config"], lora)
     )
-    if theirs != ours:
+    if odd := [f"{k} {v} (not {ours[k]})" for k, v in theirs.items() if v != ours[k]]:
         raise AdapterError(
-            f"{path}: expected an adapter of this run's settings ({lora}), found "
-            f"{content['lora_config']}; set the lora section to these"
+            f"{path}: expected an adapter of this run's settings, found {', '.join(odd)}; set the "
+            "lora section to these"
         )
     return content["lora"]
 
@@ -305,25 +296,39 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it cannot be written; the message names the one to go on from.
     """
     folder = run_dir / f"checkpoint-{step}"
     content = {**state, "step": step}
-    # Saved again at the same step only the state differs (an evaluation may have come between).
-    if folder.exists():
-        _write(content, folder / STATE_FILE)
-        return folder
+    for place in [*run_dir.glob(".*.tmp"), *run_dir.glob("*/.*.tmp")]:
+        discard(place)  # a kill left it
     scratch = run_dir / f".checkpoint-{step}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_adapter(scratch / ADAPTER_FILE, **adapter)
-    _write(content, scratch / STATE_FILE)
-    os.replace(scratch, folder)
+    try:
+        # Saved again at the same step only the state differs: an evaluation may have come between.
+        if folder.exists():
+            _write(content, folder / STATE_FILE)
+            return folder
+        save_adapter(scratch / ADAPTER_FILE, **adapter)
+        _write(content, scratch / STATE_FILE)
+        os.replace(scratch, folder)
+        sync(run_dir)
+    except OSError as error:
+        found = checkpoints(run_dir)
+        go_on = f"; then --resume goes on from {found[-1]}" if found else ""
+        raise type(error)(f"{error}{go_on}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `step`."""
-    return _read(folder / STATE_FILE)
+    state, step = _read(folder / STATE_FILE), _step(folder)
+    if not isinstance(state, dict) or state.get("step") != step:
+        raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
+    return state
 
 
 def restore(
@@ -344,18 +349,36 @@ def restore(
         As `read_checkpoint`.
 
     Raises:
-        AdapterError: a file is damaged, or the model is another one.
+        AdapterError: it is damaged, or the model is another one.
     """
-    content = read_adapter(folder)
+    with _telling_damage(folder):
+        content, state = read_adapter(folder), read_checkpoint(folder)
     check_base(content, model, folder)
     load_lora_state_dict(model, content["lora"])
-    state = read_checkpoint(folder)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
-    states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
-    if rank < len(states):
-        restore_rng(states[rank])
+    with _telling_damage(folder):
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, own in optimizer.state.items():
+            if not own["exp_avg"].shape == own["exp_avg_sq"].shape == parameter.shape:
+                raise ValueError("an optimizer of other shapes")
+        if not all(type(v) is float for k in ("best", "figure") for v in state[k] or ()):
+            raise ValueError("figures that are no numbers")
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
+        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
+        if rank < len(states):
+            restore_rng(states[rank])
     return state
+
+
+@contextmanager
+def _telling_damage(folder: Path) -> Iterator[None]:
+    """Has an error in reading a checkpoint say what to do about it."""
+    try:
+        yield
+    except (AdapterError, *NOT_A_STATE) as error:
+        older = [f.name for f in checkpoints(folder.parent) if _step(f) < _step(folder)]
+        remedy = f"remove that folder to go on from {older[-1]}" if older else "drop --resume"
+        text = f"--resume: expected a complete checkpoint in {folder}, found a damaged one"
+        raise AdapterError(f"{text} ({error}); {remedy}") from error
 
 
 def check_folder(folder: Path, resume: bool) -> None:
@@ -368,10 +391,13 @@ def check_folder(folder: Path, resume: bool) -> None:
     Raises:
         FileExistsError: it is a file, or holds other files.
         FileNotFoundError: there is no checkpoint to resume from.
+        PermissionError: it cannot be written, or an earlier run there cannot be moved.
     """
     files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    found = "a file" if folder.is_file() else f"other files ({', '.join(sorted(files)[:3])})"
-    if folder.is_file() or (set(files) - {".gitkeep"} and not is_run(folder)):
+    # Nor a link to nothing, nor a device, which would be renamed.
+    is_other = os.path.lexists(folder) and not folder.is_dir()
+    found = "a file" if is_other else f"other files ({', '.join(sorted(files)[:3])})"
+    if is_other or (set(files) - {".gitkeep"} and not is_run(folder)):
         raise FileExistsError(
             f"output_dir: expected a new folder or an earlier run, found {found} at {folder}; name "
             "another with --output_dir"
@@ -380,12 +406,20 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise FileNotFoundError(
             f"--resume: expected checkpoint-<step>/ in {folder}, found none; drop it"
         )
+    check_writable(folder, "--output_dir")
+    if is_run(folder) and not resume:
+        check_writable(folder.absolute().parent, "--output_dir")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    """A checkpoint's step."""
+    return int(folder.name.split("-")[1])
 
 
 def remove_old_checkpoints(run_dir: Path, limit: int) -> list[Path]:
@@ -400,36 +434,20 @@ def remove_old_checkpoints(run_dir: Path, limit: int) -> list[Path]:
         The removed folders.
     """
     found = checkpoints(run_dir)
-    ranks = {}
-    for folder in found:
-        figure = read_checkpoint(folder)["figure"]
-        ranks[folder] = (figure or [], int(folder.name.split("-")[1]))
-    best = sorted(found, key=lambda f: ranks[f], reverse=True)[:limit]
-    removed = [f for f in found if f not in best and f != found[-1]]
+    best = sorted(found, key=lambda folder: (_figure(folder), _step(folder)), reverse=True)[:limit]
+    removed = [folder for folder in found if folder not in best and folder != found[-1]]
     for folder in removed:
-        shutil.rmtree(folder)
+        remove(folder)
     return removed
 
 
-def set_aside(run_dir: Path, replace: bool = False) -> Path | None:
-    """Renames an earlier run's folder, or a file, to `<run>.1`, or the first free number; or
-    removes it.
-
-    Returns:
-        The new name, or None when there was nothing to rename.
-    """
-    if not run_dir.exists():
-        return None
-    if run_dir.is_dir() and not any(p.name != ".gitkeep" for p in run_dir.iterdir()):
-        return None
-    if replace:
-        shutil.rmtree(run_dir) if run_dir.is_dir() else run_dir.unlink()
-        return None
-    number = 1
-    while (target := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    os.replace(run_dir, target)
-    return target
+def _figure(folder: Path) -> list[float]:
+    """A checkpoint's figure; empty, which ranks last, where it has none or is damaged."""
+    try:
+        # Mapped, the optimizer's tensors are not read.
+        return _read(folder / STATE_FILE, mmap=True)["figure"] or []
+    except (AdapterError, *NOT_A_STATE):
+        return []
 
 
 def is_run(folder: Path) -> bool:
@@ -459,14 +477,13 @@ def restore_rng(state: dict[str, Any]) -> None:
 def _write(content: dict[str, Any], path: Path) -> None:
     """Writes a file, whole or not at all, and on the disk."""
 
-    def save(place: Path) -> None:
-        with place.open("wb") as stream:  # given a path, torch writes its name into the file
-            torch.save(content, stream)
+    # Into memory first: torch tells of a full disk as a bug of its own.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, lambda place: place.write_bytes(buffer.getbuffer()), durable=True)
 
-    write_atomically(path, save, durable=True)
 
-
-def _read(path: Path) -> Any:
+def _read(path: Path, mmap: bool = False) -> Any:
     """torch.load without code execution; AdapterError says what the file is instead."""
     if not path.is_file():
         inside = path.parent / "best_model" / ADAPTER_FILE
@@ -475,9 +492,9 @@ def _read(path: Path) -> Any:
             hint = f"{path.parent} is PEFT's: {IMPORT}"
         raise AdapterError(f"expected an adapter file, found nothing at {path}; {hint}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # any bytes may be in the file; torch raises as many kinds
         raise AdapterError(
             f"{path}: expected a file written by train_sam3_lora.py, found one that cannot be "
-            "read safely (another kind of file, a damaged one, or one with code in it)"
+            "read safely (another kind, a damaged one, or one with code in it); name another"
         ) from error

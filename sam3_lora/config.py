@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,12 +23,16 @@ import yaml
 from lora_layers import COMPONENTS, LoRAConfig
 from sam3_lora import processes
 from sam3_lora.files import write_text
-from sam3_lora.options import KEYS, SECTIONS, Config, Key
+from sam3_lora.options import KEYS, SECTIONS, Config, Key, find_clashes
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_INTEGER = 2**53  # float() is exact up to here
+# Characters of a value, and of a whole message, that are shown.
+MAX_SHOWN, MAX_MESSAGE = 100, 2000
 
 _PLAIN_TAGS = {"null", "bool", "int", "float", "str", "timestamp"}
+# Characters of no path and no name: control characters, and those that UTF-8 cannot write.
+_UNUSABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _NULL_WORDS = {"null", "none", "~"}
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
 _BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
@@ -67,8 +71,9 @@ def _convert(key: Key, value: Any) -> Any:
     if key.kind is bool:
         return _BOOLEANS[str(value).lower()]
     if key.kind is tuple:
-        text = value if isinstance(value, str) else " ".join(value)
-        if not (names := tuple(dict.fromkeys(text.replace(",", " ").split()))):
+        text = " ".join(value if isinstance(value, list) else [value])
+        names = tuple(dict.fromkeys(text.replace(",", " ").split()))
+        if not names or _UNUSABLE.search("".join(names)):
             raise ValueError(value)
         return names
     if key.kind in (int, float):
@@ -80,7 +85,8 @@ def _convert(key: Key, value: Any) -> Any:
             raise ValueError(value)
         return key.kind(number)
     allowed = limits.get("choices", (value,))
-    if value not in allowed or not re.fullmatch(limits.get("pattern", r".*\S.*"), value):
+    unusable = value not in allowed or _UNUSABLE.search(value)
+    if unusable or not re.fullmatch(limits.get("pattern", r".*\S.*"), value):
         raise ValueError(value)
     if key.kind is Path:
         return Path(value).expanduser() if value.startswith("~/") else Path(value)
@@ -95,7 +101,9 @@ def _expectation(key: Key) -> str:
     text = f"expected {key.limits['help'] if 'pattern' in key.limits else _KINDS[key.kind]}"
     bounds = [f"{word} {key.limits[name]}" for name, word in wording.items() if name in key.limits]
     bounds += ["or null"] if key.optional else []
-    return " ".join([text, *bounds]) + ("" if key.default is None else f" (default {key.default})")
+    default = _as_text(key.default)
+    default = ",".join(default) if key.kind is tuple else default
+    return " ".join([text, *bounds]) + ("" if default is None else f" (default {default})")
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -118,7 +126,8 @@ def _parse(path: Path) -> yaml.Node | None:
             raise ConfigError(f"{path}: expected a YAML file of at most {MAX_CONFIG_BYTES} bytes")
         return _PlainLoader(data.decode("utf-8-sig")).get_single_node()
     except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
+        reason = f"{error.strerror}; name another with --config"
+        raise ConfigError(f"config file {path} cannot be read: {reason}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: broken YAML: {error.problem}") from error
@@ -137,26 +146,38 @@ def _node_value(node: yaml.Node) -> Any:
     return {tag}  # no option takes a set, so it is refused, with the tag in the message
 
 
+def _name(node: yaml.Node) -> str:
+    """A section's or a key's name as it was written, for messages too; of another node its tag."""
+    tag = node.tag.removeprefix("tag:yaml.org,2002:")
+    is_plain = isinstance(node, yaml.ScalarNode) and tag in _PLAIN_TAGS | {"merge"}
+    return shorten(node.value if is_plain else tag)
+
+
+def _is_mapping(node: yaml.Node) -> bool:
+    """Whether a node is lines of `key: value`, and no object that is made of them."""
+    return isinstance(node, yaml.MappingNode) and node.tag.endswith(":map")
+
+
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, tuple[Any, str]]:
     """Value (text, None, a list) and source of a file's keys, by flag; adds to `problems`."""
     root, found = _parse(path), {}
     if root is None or root.tag.endswith(":null"):
         return {}
-    if not isinstance(root, yaml.MappingNode):
+    if not _is_mapping(root):
         raise ConfigError(f"{path}:1: expected the sections {', '.join(SECTIONS)}, found none")
     flags = {(key.section, key.name): flag for flag, key in KEYS.items()}
     # A section written twice goes on where it stopped, a key written twice is a problem.
     for section_node, body in root.value:
-        section, source = str(section_node.value), f"{path}:{section_node.start_mark.line + 1}"
+        section, source = _name(section_node), f"{path}:{section_node.start_mark.line + 1}"
         if section not in SECTIONS:
             problems.append(f"{source}: unknown section {section!r}, {_place_hint(section)}")
             continue
-        if not isinstance(body, yaml.MappingNode):
+        if not _is_mapping(body):
             if not body.tag.endswith(":null"):
                 problems.append(f"{source}: expected indented `key: value` lines under {section}")
             continue
         for node, value in body.value:
-            name, source = str(node.value), f"{path}:{node.start_mark.line + 1}"
+            name, source = _name(node), f"{path}:{node.start_mark.line + 1}"
             flag = flags.get((section, name))
             if flag is None:
                 problems.append(f"{source}: unknown key {name}, {_place_hint(name, section)}")
@@ -217,13 +238,10 @@ def load_config(config_path: Path | None, argv_overrides: dict[str, Any]) -> Con
             section = replace(getattr(config, key.section), **{key.name: _convert(key, value)})
             config = replace(config, **{key.section: section})
         except (ValueError, KeyError, TypeError):
-            found_value = f"{key.section}.{key.name} is {'null' if value is None else repr(value)}"
-            problems.append(f"{source}: {found_value}, {_expectation(key)}")
-    if not any(getattr(config.lora, KEYS[flag].name) for flag in components):
-        problems.append(f"no component is adapted: set one of {', '.join(components)} to true")
-    if config.output.overwrite and config.output.resume:
-        problems.append("output.overwrite and output.resume are both on: choose one")
-    if problems:
+            text = "null" if value is None else shorten(repr(value))
+            text = f"{key.section}.{key.name} is {text}, {_expectation(key)}"
+            problems.append(f"{source}: {text}")
+    if problems := problems + find_clashes(config):
         raise ConfigError("; ".join(problems))
     return config
 
@@ -333,7 +351,9 @@ class FlagParser(argparse.ArgumentParser):
             if name != "--" and name not in flags and " " not in name:
                 bare = name[2:].replace("-", "_")
                 real = f"--{_SYNONYMS.get(bare, bare)}"
-                problems.append(f"unknown flag {name}, {_nearest(real, flags, 'none is like it')}")
+                hint = _nearest(real, flags, "none is like it")
+                problems.append(f"unknown flag {shorten(name)}, {hint}")
+        problems += _word_problems(words, flags)
         # A sub-command's flags are known to its own parser, which comes here too.
         if problems and self._subparsers is None:
             self.error("; ".join(problems))
@@ -343,6 +363,22 @@ class FlagParser(argparse.ArgumentParser):
         """Prints `message` on one line, of several processes once, and exits with code 2."""
         text = f"error: {_one_line(message)} (see {self.prog} --help)\n"
         self.exit(2, text if processes.is_main() else None)
+
+
+def _word_problems(words: Sequence[str], flags: Mapping[str, argparse.Action]) -> list[str]:
+    """Words of a command line that no file can have, and paths that are empty: the folder here."""
+    problems = [
+        f"expected text in UTF-8, found {shorten(repr(word))}"
+        for word in words
+        if re.search("[\0\ud800-\udfff]", word)
+    ]
+    pairs = [word.split("=", 1) for word in words if word.startswith("--") and "=" in word]
+    pairs += zip(words, words[1:], strict=False)
+    return problems + [
+        f"{flag}: expected a path, found {value!r}"
+        for flag, value in pairs
+        if flag in flags and flags[flag].type is Path and not value.strip()
+    ]
 
 
 def add_config_flags(
@@ -388,9 +424,15 @@ def config_from_args(args: argparse.Namespace) -> Config:
     return load_config(given.get("config"), overrides)
 
 
+def shorten(text: str, most: int = MAX_SHOWN) -> str:
+    """A text for a message; of a longer one its beginning and its end."""
+    return text if len(text) <= most else f"{text[: most * 3 // 4]} ... {text[-most // 4 :]}"
+
+
 def _one_line(message: object) -> str:
-    """A message without its line breaks."""
-    return " ".join(str(message).split())
+    """A message without its line breaks, and with nothing that a terminal takes for a command."""
+    text = shorten(" ".join(str(message).split()), MAX_MESSAGE)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def user_errors(*errors: type[Exception]) -> Callable[[Callable[..., int]], Callable[..., int]]:

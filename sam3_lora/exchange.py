@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -33,7 +33,7 @@ from lora_layers import (
     match_modules,
     some_names,
 )
-from sam3_lora.checkpoint import ADAPTER_FILE, DESCRIPTION, FORMAT, check_description, read_adapter
+from sam3_lora import checkpoint
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
@@ -56,6 +56,9 @@ PEFT_REFUSED = (
 PEFT_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 # Settings by which PEFT leaves out layers that `target_modules` names.
 PEFT_SELECTORS = ("layers_to_transform", "layers_pattern", "exclude_modules")
+# Bytes of adapter_config.json, of which a list of all layers' names takes a hundredth; repeats in
+# an expression in it, each of which multiplies a search's time by a name's length; that length.
+MAX_CONFIG_BYTES, MAX_REPEATS, MAX_NAME = 10**7, 2, 200
 # What only SAM 3.1's checkpoints hold: the necks of its multiplex tracker.
 SAM31_KEYS = ("propagation_convs", "interactive_convs", "multiplex")
 LOAD_INSTEAD = (
@@ -199,15 +202,8 @@ def write_peft(folder: Path, content: Mapping[str, Any], base: str) -> None:
         # Whole names: `o_proj` alone would miss the text encoder's `out_proj`, and match beyond
         # the adapted components.
         "target_modules": list(pairs),
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": None,
     }
     (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -226,7 +222,7 @@ def read_source(source: Path, alpha: float | None) -> Foreign:
         raise AdapterError(f"--source: {source} is of SAM 3.1, another model; {LOAD_INSTEAD}")
     if not source.exists():
         raise AdapterError(f"--source: expected an adapter, found nothing at {source}; correct it")
-    if source.is_dir() and not (source / ADAPTER_FILE).is_file():
+    if source.is_dir() and not (source / checkpoint.ADAPTER_FILE).is_file():
         _refuse_alpha(alpha, source)
         return _read_peft(source)
     if source.suffix in (".safetensors", ".bin"):
@@ -235,16 +231,16 @@ def read_source(source: Path, alpha: float | None) -> Foreign:
             f"ours or a Meta-named .pt, found {source}; name PEFT's folder"
         )
     try:
-        path = source / ADAPTER_FILE if source.is_dir() else source
+        path = source / checkpoint.ADAPTER_FILE if source.is_dir() else source
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # any bytes may be in the file; torch raises as many kinds
         raise AdapterError(
             f"--source: {source} cannot be read safely: a damaged file, or one with code in it; "
             "name another, or save its tensors alone with torch.save"
         ) from error
-    if isinstance(content, dict) and content.get("format") == FORMAT:
+    if isinstance(content, dict) and content.get("format") == checkpoint.FORMAT:
         _refuse_alpha(alpha, source)
-        return _as_foreign(read_adapter(path), source)
+        return _as_foreign(checkpoint.read_adapter(path), source)
     return _read_meta(content, source, alpha)
 
 
@@ -266,34 +262,41 @@ def _as_foreign(content: dict[str, Any], source: Path) -> Foreign:
     )
 
 
-def _read_peft(folder: Path) -> Foreign:
-    """A folder as PEFT's `save_pretrained` writes it."""
-    config_file, weights = folder / PEFT_CONFIG, folder / PEFT_WEIGHTS
-    if not config_file.is_file() or not weights.is_file():
+def _check_files(folder: Path) -> None:
+    """Raises AdapterError where a folder is none of PEFT's."""
+    if not ((folder / PEFT_CONFIG).is_file() and (folder / PEFT_WEIGHTS).is_file()):
         hint = "name an adapter's folder"
         if (folder / "adapter_model.bin").is_file():
             hint = "adapter_model.bin can hold code: save it anew with safe_serialization=True"
-        raise AdapterError(
-            f"--source: expected {PEFT_CONFIG} and {PEFT_WEIGHTS}, or {ADAPTER_FILE}, in {folder}; "
-            f"found {some_names(sorted(p.name for p in folder.iterdir())) or 'no file'}; {hint}"
-        )
+        wanted = f"{PEFT_CONFIG} and {PEFT_WEIGHTS}, or {checkpoint.ADAPTER_FILE}"
+        found = some_names(sorted(path.name for path in folder.iterdir())) or "no file"
+        raise AdapterError(f"--source: expected {wanted}, in {folder}, found {found}; {hint}")
+
+
+def _read_peft(folder: Path) -> Foreign:
+    """A folder as PEFT's `save_pretrained` writes it."""
+    _check_files(folder)
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if (folder / PEFT_CONFIG).stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"{PEFT_CONFIG} of more than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
         alpha, dropout = float(config["lora_alpha"]), float(config["lora_dropout"])
         rank, ranks = int(config["r"]), _patterns(config, "rank_pattern")
         alphas = _patterns(config, "alpha_pattern")
-        with safe_open(weights, "pt") as file:
+        base = config.get("base_model_name_or_path")
+        if not 0 <= dropout < 1 or not isinstance(base, str | None):
+            raise ValueError(f"lora_dropout {dropout}, base_model_name_or_path {base!r}")
+        with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             told = dict(json.loads((file.metadata() or {}).get(METADATA, "{}")))
         lora = told.pop("lora_config", None)
         own = ("target_modules", "components")
         selectors = tuple(tuple(map(str, lora[key])) for key in own) if lora else None
-    except (ValueError, KeyError, TypeError, re.error, SafetensorError) as error:
+    except Exception as error:  # any JSON may be in the files, and any bytes
         raise AdapterError(f"--source: {folder} is damaged: {error!r}; get a full copy") from error
     _refuse_settings(config, folder)
-    check_description(told, folder)
-    pairs = _pair(tensors, PEFT_KEY, folder)
-    rslora = bool(config.get("use_rslora"))
+    checkpoint.check_description(told, folder)
+    pairs, rooted = _pair(tensors, PEFT_KEY, folder), config.get("use_rslora")
     layers = {}
     for name, (a, b) in pairs.items():
         # PEFT takes the first pattern that a name ends in.
@@ -305,17 +308,12 @@ def _read_peft(folder: Path) -> Foreign:
                 f"{a.shape[0]} in {name}; the two files are not of one adapter"
             )
         # rsLoRA scales by alpha / sqrt(rank).
-        layers[name] = (a, b, own_alpha * math.sqrt(own_rank) if rslora else own_alpha)
+        layers[name] = (a, b, own_alpha * math.sqrt(own_rank) if rooted else own_alpha)
     targets = config.get("target_modules")
     whole = isinstance(targets, list) and not any(config.get(k) for k in PEFT_SELECTORS)
-    told = {key: value for key, value in told.items() if key in DESCRIPTION}
-    return Foreign(
-        layers,
-        dropout,
-        selectors,
-        tuple(targets) if whole else None,
-        {"base_model": config.get("base_model_name_or_path"), "geometry_cls": "hf", **told},
-    )
+    known = {key: value for key, value in told.items() if key in checkpoint.DESCRIPTION}
+    told = {"base_model": base, "geometry_cls": "hf"} | known
+    return Foreign(layers, dropout, selectors, tuple(targets) if whole else None, told)
 
 
 def _refuse_settings(config: Mapping[str, Any], folder: Path) -> None:
@@ -331,8 +329,13 @@ def _refuse_settings(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _patterns(config: Mapping[str, Any], key: str) -> list[tuple[re.Pattern[str], float]]:
-    """PEFT's rank_pattern or alpha_pattern: ends of names, as expressions, with their values."""
+    """PEFT's rank_pattern or alpha_pattern: ends of names, as expressions, with their values;
+    ValueError for one whose search may never end."""
     patterns = config.get(key) or {}
+    for end, value in patterns.items():
+        endless = re.search(r"\)[*+{]", end) or len(re.findall(r"[*+{]", end)) > MAX_REPEATS
+        if endless or not math.isfinite(value):
+            raise ValueError(f"{key} {end!r:.80}, {value}")
     return [(re.compile(rf"(.*\.)?({end})$"), float(v)) for end, v in patterns.items()]
 
 
@@ -384,9 +387,9 @@ def _pair(
     odd, misshapen = [], []
     for key, tensor in tensors.items():
         match = keys.fullmatch(str(key))
-        if match is None or match[2] in found.get(match[1], {}):
+        if match is None or len(key) > MAX_NAME or match[2] in found.get(match[1], {}):
             odd.append(str(key))
-        elif not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
+        elif not checkpoint.is_matrix(tensor):
             misshapen.append(str(key))
         else:
             transposed = keys is META_KEY and not match[3]
@@ -491,4 +494,5 @@ def _raise_faults(subject: str, faults: Mapping[str, list[str]]) -> None:
         f"{len(names)} {kind} ({some_names(names)})" for kind, names in faults.items() if names
     ]
     if parts:
-        raise AdapterError(f"{subject}: expected a LoRA adapter for it, found {'; '.join(parts)}")
+        found = f"{'; '.join(parts)}; name another, or its own base with --model_name"
+        raise AdapterError(f"{subject}: expected a LoRA adapter for it, found {found}")

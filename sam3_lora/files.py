@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Has what the system says against writing a file (no room, a quota, no right) name the file,
+    and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the system's, or told already
+            raise
+        raise type(error)(
+            f"{path}: expected to write it, found: {error.strerror}; make room or take away what "
+            "is in the way, or name another place"
+        ) from error
 
 
 def write_atomically(path: Path, save: Callable[[Path], Any], durable: bool = False) -> None:
@@ -20,17 +38,56 @@ def write_atomically(path: Path, save: Callable[[Path], Any], durable: bool = Fa
         path: the target; an earlier file stays as it is until the new one is whole.
         save: writes to the path that it is given.
         durable: wait until the disk has it, for what a power cut must not take.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of the try.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        if durable:
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with telling(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save(temporary)
+            if durable:
+                sync(temporary)
+            os.replace(temporary, path)
+            if durable:
+                sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has a file's content, or a folder's names."""
+    if path.is_file():
+        with path.open("r+b") as file:  # Windows wants it writable
+            os.fsync(file.fileno())
+    elif hasattr(os, "O_DIRECTORY"):  # Windows opens no folder
+        handle = os.open(path, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network shares cannot
+                raise
+        finally:
+            os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder that never is there in part: it takes a hidden name first."""
+    hidden = path.with_name(f".{path.name}.removed.tmp")
+    discard(hidden)
+    if path.exists():
+        os.replace(path, hidden)
+        sync(path.parent)
+        discard(hidden)
+
+
+def discard(path: Path) -> None:
+    """Removes a file or a folder, if it is there, piece by piece."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
@@ -49,6 +106,28 @@ def write_picture(path: Path, pixels: np.ndarray) -> None:
     write_atomically(path, lambda place: Image.fromarray(pixels).save(place, form))
 
 
+def set_aside(place: Path, replace: bool = False) -> Path | None:
+    """Renames an earlier run's folder, or a file, to `<name>.1`, or the first free number; or
+    removes it.
+
+    Returns:
+        The new name, or None when there was nothing to rename.
+    """
+    discard(place.with_name(f".{place.name}.removed.tmp"))
+    if not place.exists():
+        return None
+    if place.is_dir() and not any(p.name != ".gitkeep" for p in place.iterdir()):
+        return None
+    if replace:
+        remove(place)
+        return None
+    number = 1
+    while (target := place.with_name(f"{place.name}.{number}")).exists():
+        number += 1
+    os.replace(place, target)
+    return target
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """Sees to it, before any work, that files can be written to a folder, which need not exist.
 
@@ -60,7 +139,8 @@ def check_writable(folder: Path, flag: str) -> None:
         PermissionError: they cannot.
     """
     place = folder.absolute()
-    while not place.exists():
+    # A link to nothing is in the way of a folder.
+    while not os.path.lexists(place):
         place = place.parent
     try:
         with tempfile.TemporaryFile(dir=place):

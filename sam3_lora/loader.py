@@ -9,8 +9,11 @@ In several training processes each reads its share of a step's images, see `shar
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -155,6 +158,19 @@ def _as_it_is(packed: Any) -> Any:
     return packed
 
 
+def _end_with_parent(worker: int) -> None:
+    """Ends a worker, in which it runs, when the training process is killed: torch's own watch waits
+    forever where the pipe is full."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    parent = multiprocessing.parent_process().pid
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Batches:
     """Iterable over the batches of a loader of packed items; `len` is their number."""
 
@@ -246,6 +262,7 @@ def build_loader(
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=num_workers,
+        worker_init_fn=_end_with_parent,
         # Of its own: a draw from the global one would change dropout after a resume.
         generator=torch.Generator().manual_seed(0),
     )

@@ -5,15 +5,21 @@ The only module that imports the library's SAM 3 code.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -40,6 +46,16 @@ PUBLISHED = "facebook/sam3"
 CONTEXT_LENGTH = 32
 # Characters of a library's error in ours.
 MAX_REASON = 160
+# What no SAM 3 comes near: the detector has 0.84e9 parameters, 32 layers, 49,408 words. A
+# configuration with more would fill the memory before its weights were looked at.
+MAX_PARAMETERS, MAX_LAYERS, MAX_SIZE = 2 * 10**9, 200, 10**6
+# What can be a name on the hub: all else names a folder.
+HUB_ID = re.compile(r"(?=.{,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+INDEX = "model.safetensors.index.json"
+# Weights that no two SAM 3 models share and no precision casts: they tell one base from another.
+FINGERPRINT_WEIGHTS = ("detr_decoder.query_embed.weight", "detr_decoder.reference_points.weight")
+# Of a merged model's configuration: these two weights alone do not tell it from its base.
+MERGED = "merged_adapter"
 
 
 class ModelError(ValueError):
@@ -122,7 +138,7 @@ def save_model(model: PreTrainedModel, base: str, folder: Path, dtype: torch.dty
         model.to(dtype).save_pretrained(folder)
         for kind in (Sam3VideoProcessor, Sam3Processor) if video else (Sam3Processor,):
             try:
-                kind.from_pretrained(base).save_pretrained(folder)
+                kind.from_pretrained(base, trust_remote_code=False).save_pretrained(folder)
             except (OSError, ValueError, TypeError):  # what the library raises without one
                 continue
             return True
@@ -175,9 +191,7 @@ def load_meta_model(name: str) -> tuple[Sam3Model, bool]:
         if name != PUBLISHED:
             raise
         config, stands_in = Sam3Config(), True
-    with torch.device("meta"):
-        model = Sam3Model(config)
-    return model.requires_grad_(False).eval(), stands_in
+    return _build_meta(config).requires_grad_(False).eval(), stands_in
 
 
 def _read_config(name: str) -> PretrainedConfig:
@@ -185,7 +199,8 @@ def _read_config(name: str) -> PretrainedConfig:
     _refuse_other_formats(name)
     try:
         with _quiet_library():
-            config = AutoConfig.from_pretrained(name)
+            # Code of a folder is never run, nor asked about.
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # as in `load_model`
         raise ModelError(_access_hint(name, error)) from error
     if config.model_type not in ("sam3", "sam3_video"):
@@ -193,7 +208,57 @@ def _read_config(name: str) -> PretrainedConfig:
             f"model.name: expected a SAM 3 model, found model_type {config.model_type!r} in "
             f"{name}; use facebook/sam3 or a local copy of it"
         )
+    try:
+        _check_sizes(config.to_dict())
+        model = _build_meta(config)
+        _check_sizes(
+            {"parameters": sum(t.numel() for t in chain(model.parameters(), model.buffers()))}
+        )
+    except Exception as error:  # what sizes of any kind trip over
+        raise ModelError(_access_hint(name, error)) from error
     return config
+
+
+def _check_sizes(values: Any, name: str = "") -> None:
+    """Raises ValueError where a number of a configuration is larger than any SAM 3 has."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            _check_sizes(value, str(key))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            _check_sizes(value, name)
+    elif isinstance(values, int | float):
+        most = MAX_LAYERS if "layers" in name or "stages" in name else MAX_SIZE
+        most = MAX_PARAMETERS if name == "parameters" else most
+        if not -most <= values <= most:
+            raise ValueError(f"expected {name} of at most {most}, found {values}")
+
+
+def _build_meta(config: PretrainedConfig) -> Sam3Model:
+    """The detector of a configuration, on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return Sam3Model(config)
+
+
+def mark_merged(config: PretrainedConfig, adapter: str) -> None:
+    """Writes into a merged model's configuration what was merged, so that no adapter of its base,
+    nor the same one a second time, fits it.
+
+    Args:
+        config: of the merged model.
+        adapter: its `checkpoint.adapter_fingerprint`.
+    """
+    setattr(config, MERGED, adapter)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short name for a base model's weights: 16 hex digits of a SHA-256 over two of them and, of
+    a merged model, what was merged."""
+    digest = hashlib.sha256()
+    for name in FINGERPRINT_WEIGHTS:
+        digest.update(model.get_parameter(name).detach().float().cpu().numpy().tobytes())
+    digest.update(getattr(getattr(model, "config", None), MERGED, "").encode())
+    return digest.hexdigest()[:16]
 
 
 def load_tokenizer(name: str) -> Any:
@@ -206,7 +271,7 @@ def load_tokenizer(name: str) -> Any:
         ModelError: not found, not accessible, damaged.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers' reader raises no narrower one
         raise ModelError(_access_hint(name, error)) from error
     if tokenizer("a")["input_ids"] == tokenizer("b")["input_ids"]:
@@ -242,6 +307,12 @@ def _refuse_other_formats(name: str) -> None:
         raise ModelError(
             f"model.name: {name} is SAM 3.1, whose weights do not fit Sam3Model; use facebook/sam3"
         )
+    if not os.path.exists(path) and not HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"model.name: expected a folder with config.json, or a hub id such as {PUBLISHED}, "
+            f"found no folder {name!r:.200}; correct it, or download with `hf download {PUBLISHED} "
+            "--local-dir DIR` and name DIR"
+        )
     if path.is_file():
         raise ModelError(
             f"model.name: expected a hub id or a folder with config.json, found the file {path}; "
@@ -251,6 +322,22 @@ def _refuse_other_formats(name: str) -> None:
         raise ModelError(
             f"model.name: expected config.json in the folder {path}, found none; download with "
             "`hf download facebook/sam3 --local-dir DIR` and name DIR"
+        )
+    if (path / INDEX).is_file():
+        _refuse_outside(path / INDEX)
+
+
+def _refuse_outside(index: Path) -> None:
+    """Raises ModelError where a list of a model's files names one outside its folder."""
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = sorted(file for file in files if Path(file).name != file)
+    except Exception as error:  # any JSON may be in it
+        raise ModelError(_access_hint(str(index.parent), error)) from error
+    if outside:
+        raise ModelError(
+            f"model.name: {index}: expected names of files in its folder, found {outside[0]!r}; "
+            f"get a full copy of {PUBLISHED}"
         )
 
 

@@ -4,6 +4,7 @@ A key is a field of a section; its help, range and choices are the field's metad
 their values from YAML and from flags.
 """
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -15,7 +16,7 @@ _OVER_QUERIES = ("cap", "tile", "error")
 _CACHES = ("off", "ram", "disk")
 _CHECKPOINTING = ("auto", "off", "mlp", "full")
 _METRICS = ("ap", "ap50", "cgf1", "iou", "loss")
-_DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
+_DEVICES = r"auto|cpu|mps|cuda(:[0-9]{1,3})?"
 _NON_FINITE = ("stop", "skip")
 _PRECISIONS = ("auto", "bf16", "fp16", "no")
 
@@ -159,6 +160,54 @@ def _list_keys() -> dict[str, Key]:
             flag = f"{section}_{name}" if section in ("lora", "model") else name
             keys[flag] = Key(section, name, kind, optional, item.default, dict(item.metadata))
     return keys
+
+
+def find_clashes(config: Config) -> list[str]:
+    """What is wrong with options that are each sound; empty for most."""
+    problems, output = [], config.output
+    components = [flag for flag in KEYS if flag.startswith("lora_apply_to_")]
+    if not any(getattr(config.lora, KEYS[flag].name) for flag in components):
+        problems.append(f"no component is adapted: set one of {', '.join(components)} to true")
+    if output.overwrite and output.resume:
+        problems.append("output.overwrite and output.resume are both on: choose one")
+    place = Path(os.path.abspath(output.output_dir))
+    for name in ("train_data_path", "val_data_path"):
+        data = getattr(config.training, name)
+        # Data that lies where the scripts are run has outputs/ beside it.
+        if data and place.is_relative_to(os.path.abspath(data)) and not _holds_cwd(data):
+            problems.append(
+                f"output.output_dir: expected a folder outside the data, found {output.output_dir} "
+                f"in {name}; name another with --output_dir"
+            )
+    return problems
+
+
+def _holds_cwd(folder: Path) -> bool:
+    """Whether the working directory is a folder or in it."""
+    return Path.cwd().is_relative_to(os.path.abspath(folder))
+
+
+def find_idle(config: Config, evaluations: int) -> list[str]:
+    """Options that were changed, and change nothing as the others are; for a warning.
+
+    Args:
+        config: the resolved configuration.
+        evaluations: those that the run will make.
+    """
+    training = config.training
+    changed = [name for name, value in vars(training).items() if value != KEYS[name].default]
+    idle = []
+    if not training.box_prompt_probability:
+        names = [name for name in changed if name.startswith("box_prompt_")]
+        idle += [f"{name} without box_prompt_probability" for name in names]
+    if training.cache_features == "off":
+        names = [name for name in changed if name.startswith("cache_")]
+        idle += [f"{name} with cache_features off" for name in names]
+    elif training.cache_features == "ram" and "cache_dir" in changed:
+        idle.append("cache_dir with cache_features ram")
+    if training.early_stopping_patience and training.early_stopping_patience >= evaluations:
+        idle.append(f"early_stopping_patience with {evaluations} evaluations in all")
+    return idle
 
 
 SECTIONS = tuple(item.name for item in fields(Config))

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from sam3_lora.config import ConfigError
+from sam3_lora.config import ConfigError, shorten
 from sam3_lora.forward import VISUAL_PROMPT
 from sam3_lora.prediction import Prompts
 from sam3_lora.tiles import LEAST_SHARE
 
 # The largest weight of an adapter in a blend; minus it is the smallest.
 MAX_WEIGHT = 10
+# Digits of a count: more is a slip.
+MAX_DIGITS = 9
 
 
 def parse_boxes(text: str) -> list[list[float]]:
@@ -120,9 +122,18 @@ def add_tile_flag(parser: argparse.ArgumentParser) -> None:
 
 def parse_count(text: str, least: int = 1) -> int:
     """A whole number from `least` up."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, found {text!r}")
+    if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) < least:
+        found = repr(shorten(text))
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, found {found}")
     return int(text)
+
+
+def parse_split(text: str) -> str:
+    """The name of a split: of a folder in the data folder, and part of an output folder's name."""
+    if text in ("", ".", "..") or Path(text).name != text:
+        found = repr(shorten(text))
+        raise argparse.ArgumentTypeError(f"expected train, val, test or a like name, found {found}")
+    return text
 
 
 def _show_box(box: Sequence[float]) -> str:

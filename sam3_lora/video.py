@@ -26,12 +26,11 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from sam3_lora.checkpoint import set_aside
 from sam3_lora.coco import decode_mask, encode_mask, mask_iou, progress
 from sam3_lora.dataset import place_on_canvas
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import Detections
-from sam3_lora.files import check_writable, write_atomically, write_picture
+from sam3_lora.files import check_writable, set_aside, write_atomically, write_picture
 from sam3_lora.forward import PADDING_BOX, Forward, normalize
 from sam3_lora.geometry import mask_box
 from sam3_lora.images import IMAGE_SUFFIXES, DatasetError, image_size, read_image

@@ -139,3 +139,34 @@ def test_cache(rivals, capsys):
         assert row["kept"] == "memory, geometry, fpn_0, fpn_1"
         assert float(row["not cached / cached"]) > 0 and float(row["library / cached"]) > 0
         assert float(row["build, s an image"]) > 0
+
+
+def test_kills_and_soak(tmp_path, capsys):
+    script = load("kills")
+    args = [
+        "--kills",
+        "2",
+        "--signals",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+        "--",
+        "--max_steps",
+        "7",
+    ]
+    assert script.main(args) == 0
+    killed, signals, asked = tables(capsys.readouterr().out)
+    for rows in (killed, asked):
+        found = {row["what"]: row["number"] for row in rows}
+        assert int(found["figures compared"]) > 30 and int(found["finished runs compared"]) > 0
+        assert found["faults"] == "0" and float(found["largest difference"]) == 0
+    assert sum(int(row["number"]) for row in killed if row["what"].startswith("SIGKILL")) == 2
+    assert [row["signal"] for row in signals] == ["SIGTERM", "SIGINT"]
+    script = load("soak")
+    # Of so few steps the growth and the speed say nothing.
+    assert script.main(["--data_dir", str(tmp_path / "demo"), "--steps", "12"]) in (0, 1)
+    (rows,) = tables(capsys.readouterr().out)
+    found = {row["what"]: row for row in rows}
+    assert found["steps"]["found"] == "12"
+    assert found["open files"]["within the limit"] == "yes", found
+    assert found["processes"]["found"] == "0 before, 0 after"

@@ -32,8 +32,8 @@ from sam3_lora.checkpoint import (
     rng_state,
     save_adapter,
     save_checkpoint,
-    set_aside,
 )
+from sam3_lora.files import set_aside
 from sam3_lora.forward import Forward
 from sam3_lora.model import load_model
 

@@ -19,6 +19,7 @@ from sam3_lora.config import (
     load_config,
     save_config,
 )
+from sam3_lora.options import find_idle
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -454,3 +455,12 @@ def test_failed_save_leaves_the_earlier_file(
     with pytest.raises(OSError, match="No space left"):
         save_config(load_config(None, {"lora_rank": 99}), path)
     assert path.read_bytes() == before
+
+
+def test_options_without_effect_are_told() -> None:
+    given = {"box_prompt_text_probability": 0.9, "cache_views": 2, "early_stopping_patience": 5}
+    config = load_config(None, given)
+    assert [words.split()[0] for words in find_idle(config, 5)] == list(given)
+    active = {"box_prompt_probability": 0.5, "cache_features": "ram"}
+    assert find_idle(load_config(None, given | active), 6) == []
+    assert find_idle(Config(), 0) == []

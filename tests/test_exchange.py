@@ -316,7 +316,7 @@ def test_peft_settings_without_a_counterpart_are_refused(exported, model, case) 
         ([1], "is damaged"),
         ({"lora_config": 3}, "is damaged"),
         ({"lora_config": {"rank": 3}}, "is damaged"),
-        ({"thresholds": {"x": 7}}, "thresholds: expected numbers from 0 to 1 by category"),
+        ({"thresholds": {"x": 7}}, "found another thresholds"),
         ({"categories": ["x"]}, "found another categories"),
         ({"categories": {"x": 1}}, "found another categories"),
         ({"geometry_cls": "x"}, "found another geometry_cls"),
