@@ -393,6 +393,7 @@ def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> No
     outputs = video.plan_outputs(clip, args.output, args.json)
     if problems := box_problems(clip.path, *clip.size, prompts.boxes_xyxy):
         raise DatasetError("; ".join(problems[:SHOWN]))
+    video.check_frames(clip)
     forward, prompts, thresholds = load(args, options, prompts)
     frames = video.read_frames(clip)
     if args.tracker == "sam3":
