@@ -10,6 +10,7 @@ import base64
 import io
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -417,7 +418,7 @@ def image_of(by_stem: dict[Path, list[Path]], folder: Path, name: str, file: Pat
         DatasetError: Several images have the stem.
     """
     path = folder / name
-    if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+    if path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path):  # else raises if too long
         return path
     paths = by_stem.get(folder / file.stem, [])
     if len(paths) > 1:
