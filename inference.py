@@ -96,6 +96,7 @@ log = logging.getLogger("inference")
 
 # Of the files beside an overlay: no other tool's, such as labelme's photo.json, is replaced.
 JSON_ENDING = "_detections.json"
+NAME_BYTES = 200  # of an image's file: a disk has 255, of which what is added takes some 30
 DEFAULT_THRESHOLD = 0.5  # of the score
 # Problems that a message lists, and training prompts that the log does.
 SHOWN = 3
@@ -180,6 +181,9 @@ def check_images(images: list[Path], boxes_xyxy: list[list[float]]) -> None:
             problems.append(str(error))
             continue
         problems += box_problems(path, width, height, boxes_xyxy)
+        if len(os.fsencode(path.name)) > NAME_BYTES:
+            found = f"of at most {NAME_BYTES} bytes, after which outputs are named, found {path}"
+            problems.append(f"--image: expected a file name {found}; rename it")
     if problems:
         more = f"; {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise DatasetError("; ".join(problems[:SHOWN]) + more)
@@ -428,6 +432,7 @@ def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> No
     outputs = video.plan_outputs(clip, args.output, args.json)
     if problems := box_problems(clip.path, *clip.size, prompts.boxes_xyxy):
         raise DatasetError("; ".join(problems[:SHOWN]))
+    video.check_frames(clip)
     forward, prompts, thresholds = load(args, options, prompts)
     frames = video.read_frames(clip)
     if args.tracker == "sam3":

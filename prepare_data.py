@@ -41,8 +41,11 @@ from sam3_lora.coco import (
     write_splits,
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
+from sam3_lora.faults import parse_json
 from sam3_lora.files import write_picture
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
+from sam3_lora.geometry import shown
+from sam3_lora.images import UNSAFE
 from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.overview import divide_names, fault_report, json_report, preview, summary
 from sam3_lora.repair import mend_split
@@ -51,6 +54,7 @@ from sam3_lora.shapes import check_class, report_missing
 
 logger = logging.getLogger("prepare_data")
 
+SEED_DIGITS = 18
 SPLITS = ("train", "val", "valid", "test")
 SEARCHED = ("yolo_dir", "voc_dir", "labelme_dir", "masks_dir")  # flags of folders read as a whole
 SOURCES = (*SEARCHED, "coco_json", "via_json", "images_dir")
@@ -95,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="parts: defects on metal, new to the demo model; shapes: what it knows "
         "(default: parts)",
     )
-    demo.add_argument("--seed", type=int, default=0, help="of the drawings (default: 0)")
+    demo.add_argument("--seed", type=parse_seed, default=0, help="of the drawings (default: 0)")
     demo.add_argument("--overwrite", action="store_true", help="replace splits that have files")
     add_validate_parser(commands, split)
     return parser
@@ -172,7 +176,15 @@ def add_split_parser(commands: argparse._SubParsersAction, place: argparse.Argum
         default="0.8,0.1,0.1",
         help="of the images for train,val,test; 0 leaves one out (default: 0.8,0.1,0.1)",
     )
-    divide.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    divide.add_argument("--seed", type=parse_seed, default=0, help="of the draw (default: 0)")
+
+
+def parse_seed(text: str) -> int:
+    """Returns the value of --seed."""
+    if not text.isdecimal() or len(text) > SEED_DIGITS:
+        expected = f"expected a whole number from 0, of {SEED_DIGITS} digits at most"
+        raise argparse.ArgumentTypeError(f"{expected}, found {shown(text)}")
+    return int(text)
 
 
 def add_labelling_tools(
@@ -248,8 +260,8 @@ def class_names(text: str | None) -> list[str] | None:
     if text is None:
         return None
     names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) < len(names):
-        found = f"expected --classes as names that differ, found {text!r}"
+    if not all(names) or len(set(names)) < len(names) or UNSAFE.search(text):
+        found = f"expected --classes as names that differ, found {shown(text)}"
         raise DatasetError(f'{found}; write them as "person,car"')
     return names
 
@@ -311,12 +323,12 @@ def read_json(flag: str, text: str, form: str) -> Any:
     """Returns the value of a flag that takes JSON or a file of it; `form` is an example."""
     inline = text.lstrip().startswith("{")
     if not inline and not os.path.isfile(text):  # Path.is_file raises of a text too long
-        found = f"expected {flag} as JSON or as a file of it, found {text!r}, neither"
+        found = f"expected {flag} as JSON or as a file of it, found {shown(text)}, neither"
         raise DatasetError(f"{found}; write {form}")
     try:
-        return json.loads(text if inline else Path(text).read_text(encoding="utf-8-sig"))
+        return parse_json(text if inline else Path(text).read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        found = f"expected {flag} as JSON, {form}, found {text!r} ({error})"
+        found = f"expected {flag} as JSON, {form}, found {shown(text)} ({error})"
         raise DatasetError(f"{found}; correct it") from error
 
 
@@ -358,8 +370,8 @@ def read_fractions(text: str) -> dict[str, float]:
     except ValueError:
         values = []
     if len(values) != 3 or not min(values) >= 0 or not math.isclose(sum(values), 1, abs_tol=1e-6):
-        found = f"expected --fractions for train,val,test, from 0 and with sum 1, found {text!r}"
-        raise DatasetError(f"{found}; write such as 0.8,0.1,0.1")
+        wanted = "expected --fractions for train,val,test, from 0 and with sum 1"
+        raise DatasetError(f"{wanted}, found {shown(text)}; write such as 0.8,0.1,0.1")
     pairs = zip(("train", "val", "test"), values, strict=True)
     return {name: value for name, value in pairs if value > 0}
 

@@ -264,8 +264,8 @@ def _annotation(row: dict, number: int, category_id: int, image: dict) -> dict[s
 
 def _source(row: dict, number: int) -> dict[str, Any]:
     """The id that `number` stands for, unless it is the same."""
-    source = row.get("source_id", row.get("id"))
-    return {} if source is None or source == number else {"source_id": source}
+    source = id_key(row.get("source_id", row.get("id")))
+    return {} if source in (None, number) else {"source_id": source}
 
 
 def _numbers(rows: list[dict]) -> list[int]:
@@ -381,12 +381,13 @@ def write_splits(
     _clear_leftovers(Path(output_dir))
     targets = {split_dir(output_dir, name): records for name, records in splits.items()}
     todo = {t: r for t, r in targets.items() if not _is_there(t, r, overwrite)}
+    sources = {target: _sources(records) for target, records in todo.items()}
     # Beside the target, so that os.replace stays within one file system.
     new, old = ({t: t.parent / f".{t.name}.{os.getpid()}.{end}" for t in todo} for end in ENDS)
     swapped = []
     try:
         for target, records in todo.items():
-            link = _fill(new[target], records, link)
+            link = _fill(new[target], records, sources[target], link)
         for target in todo:
             if target.exists():
                 os.replace(target, old[target])
@@ -456,10 +457,10 @@ def _sources(split: CocoSplit) -> dict[str, Path]:
     return sources
 
 
-def _fill(folder: Path, split: CocoSplit, link: bool) -> bool:
+def _fill(folder: Path, split: CocoSplit, sources: dict[str, Path], link: bool) -> bool:
     """Makes a split's folder: the images, then annotations.json; returns whether linking works."""
     (folder / "images").mkdir(parents=True)
-    for name, source in progress(_sources(split).items(), "images"):
+    for name, source in progress(sources.items(), "images"):
         copy = folder / "images" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -36,6 +36,7 @@ MASK_OPACITY = 0.4
 LINE_WIDTH = 0.003  # of the image's side, the square root of its area
 FONT_SIZE = 0.026  # likewise
 MIN_FONT_SIZE = 8  # pixels; smaller is unreadable
+TAG_CHARACTERS = 200  # each is measured, again and again, to cut what does not fit
 CROWDED = 15  # detections; above, text is set smaller
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 LIGHT = 140  # of 255; on lighter tags the text is black
@@ -216,6 +217,8 @@ def _draw_tag(
 def _fitted(text: str, font_size: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """The text, cut short where even the smallest font is wider than the image, and its font."""
     room = width - 2 * max(1, font_size // 6)
+    if len(text) > TAG_CHARACTERS:
+        text = text[: TAG_CHARACTERS - 1] + "."
     font = _font(font_size)
     if font.getlength(text) > room:
         font_size = max(MIN_FONT_SIZE, int(font_size * room / font.getlength(text)))

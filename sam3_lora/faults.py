@@ -27,16 +27,14 @@ from sam3_lora.geometry import (
     is_finite,
     shown,
 )
-from sam3_lora.images import IMAGE_ERRORS, IMAGE_SUFFIXES, DatasetError, image_size
+from sam3_lora.images import IMAGE_ERRORS, IMAGE_SUFFIXES, UNSAFE, DatasetError, image_size
 
 QUERY_LIMIT = 200  # objects that the model finds of one prompt in an image
 TOKEN_LIMIT = 32  # of a prompt, its start and end included; Meta's text encoder cuts the rest
-ID_WANTED = "a whole number under 2^63 or a text"
+ID_WANTED = "a whole number under 2^63 or a printable text"
 IMBALANCE = 10  # objects of the largest category for one of the smallest; above, a warning
 ID_LIMIT = 2**63  # ids are kept as 64-bit integers
 NAME_BYTES = 255  # of a file or folder; more cannot be on a disk
-# In a file's name: control characters, and halves of a character pair, which no encoding has.
-UNSAFE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,10 @@ def check_prompts(prompts: Any, names: Iterable[str]) -> None:
             near = difflib.get_close_matches(str(name), names, n=1) or names[:5]
             found = f"expected a category's name in prompts, found {name!r}"
             raise DatasetError(f"{found}; did you mean {' or '.join(map(repr, near))}?")
-        if not isinstance(phrase, str) or not phrase.strip():
-            raise DatasetError(f"expected a phrase for {name!r} in prompts, found {shown(phrase)}")
+        text = " ".join(phrase.split()) if isinstance(phrase, str) else ""
+        if not text or UNSAFE.search(text):
+            found = f"expected a phrase for {name!r} in prompts, found {shown(phrase)}"
+            raise DatasetError(f"{found}; write printable words")
 
 
 def record_faults(payload: dict[str, Any], file: Path, thorough: bool = False) -> Iterator[Fault]:
@@ -385,7 +385,8 @@ def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
 
 def _id_text(row: dict) -> str:
     """A row's id as a message names it."""
-    return row["id"] if isinstance(row.get("id"), str) else shown(row.get("id"))
+    key = id_key(row.get("id"))
+    return key if isinstance(key, str) else shown(row.get("id"))
 
 
 def load_json(file: Path) -> dict[str, Any]:
@@ -395,10 +396,13 @@ def load_json(file: Path) -> dict[str, Any]:
         DatasetError: No such file, broken JSON, or not lists of images, annotations, categories.
     """
     try:
-        payload = json.loads(file.read_text(encoding="utf-8-sig"))
+        if file.exists() and not file.is_file():  # a pipe or a device may have no end
+            raise OSError(0, "a folder or a device")
+        payload = parse_json(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise DatasetError(f"expected a COCO file at {file}, found {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+        found = f"expected a COCO file at {file}, found {error.strerror}"
+        raise DatasetError(f"{found}; check the path") from error
+    except ValueError as error:
         message = f"expected JSON in {file}, found {error}; export the annotations again"
         raise DatasetError(message) from error
     for key in ("images", "annotations", "categories"):
@@ -412,13 +416,31 @@ def load_json(file: Path) -> dict[str, Any]:
     return payload
 
 
+def parse_json(text: str) -> Any:
+    """Returns the value of a JSON text; ValueError for a broken one, one nested too deep, or a key
+    twice, of which Python would read the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {shown(twice)} twice in one object")
+        return table
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError("values nested too deep") from error
+
+
 def id_key(raw: Any) -> int | str | None:
-    """Returns an id as it is compared: 1.0 is 1; None for all but 64-bit integers and text."""
+    """Returns an id as it is compared: 1.0 is 1; None for all but 64-bit integers and
+    printable text."""
     if isinstance(raw, float) and raw.is_integer():
         raw = int(raw)
     if isinstance(raw, int):
         return None if isinstance(raw, bool) or abs(raw) >= ID_LIMIT else raw
-    return raw if isinstance(raw, str) else None
+    return raw if isinstance(raw, str) and not UNSAFE.search(raw) else None
 
 
 def positions_by_id(rows: list[dict]) -> dict[Any, int]:

@@ -15,6 +15,7 @@ them. An image without an annotation file is left out, with a warning: it may ho
 
 import logging
 import math
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterator
@@ -147,7 +148,7 @@ def _yolo_folders(yolo_dir: Path, split: str, description: dict) -> tuple[Path, 
     if flat.is_dir() and not any(child.is_dir() for child in flat.iterdir()):
         pairs.append((flat, yolo_dir / "labels"))
     for images_dir, labels_dir in pairs:
-        if images_dir.is_dir() and shapes.images_in(images_dir):
+        if os.path.isdir(images_dir) and shapes.images_in(images_dir):  # else raises if too long
             return images_dir, labels_dir
     looked = ", ".join(
         dict.fromkeys(str(images_dir) for images_dir, _ in pairs if images_dir != flat)

@@ -175,6 +175,8 @@ def mask_problem(segmentation: Any, height: int, width: int) -> str | None:
         return _rle_problem(segmentation, height, width)
     if not isinstance(segmentation, list):
         return f"expected polygons or an RLE, found {type(segmentation).__name__}"
+    if not segmentation:
+        return "expected polygons, found none"
     for part in segmentation:
         if not isinstance(part, list) or not set(map(type, part)) <= {int, float}:
             return f"expected polygons as lists of numbers, found {shown(part)}"

@@ -1,6 +1,10 @@
 """Image files: their size, their pixels, and which of them are refused."""
 
+import re
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,12 @@ IMAGE_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
+# In a file's name: control characters, and halves of a character pair, which no encoding has.
+UNSAFE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 EXIF_SWAPS_SIDES = (5, 6, 7, 8)  # values of the EXIF tag Orientation that turn by 90 degrees
+
+# Of images that `refuse_bomb` refuses; or, from PIL, of twice as many pixels.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DatasetError(ValueError):
@@ -28,26 +37,43 @@ class DatasetError(ValueError):
 def refuse_bomb(image: Image.Image) -> None:
     """Raises DecompressionBombError where PIL warns; it refuses only images of twice as much."""
     if image.width * image.height > PIXEL_LIMIT:
-        found = f"{image.width} x {image.height}"
-        message = f"{found} pixels, at most {PIXEL_LIMIT} are read: cut it into tiles"
-        raise Image.DecompressionBombError(message)
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+
+
+@contextmanager
+def open_image(path: Path, wanted: str = "an image") -> Iterator[Image.Image]:
+    """Opens an image file; what fails within, as it is read, is told as a fault of the file.
+
+    Raises:
+        DatasetError: Not an image that PIL reads, cut short, of too many pixels, or no plain file.
+    """
+    if UNSAFE.search(path.name):
+        found = f"{ascii(path.name)} in {path.parent}"
+        raise DatasetError(f"expected {wanted} of a printable name, found {found}; rename it")
+    if path.exists() and not path.is_file():  # a pipe or a device may have no end
+        raise DatasetError(f"expected {wanted}, found {path}, which is no file; name another")
+    try:
+        with Image.open(path) as image:
+            refuse_bomb(image)
+            yield image
+    except Image.DecompressionBombError as error:
+        message = f"expected {wanted} of at most {PIXEL_LIMIT} pixels, found {path} ({error})"
+        raise DatasetError(f"{message}; cut it into tiles") from error
+    except IMAGE_ERRORS as error:
+        message = f"expected {wanted} that PIL reads, found {path} ({error})"
+        raise DatasetError(f"{message}; replace the file or leave it out") from error
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Returns (width, height) in pixels as shown, after EXIF rotation; reads the header only.
 
     Raises:
-        DatasetError: Not an image that PIL reads.
+        DatasetError: As `open_image`.
     """
-    try:
-        with Image.open(path) as image:
-            refuse_bomb(image)
-            # The base class's getexif: that of PNG would decode the whole image first.
-            turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-            return image.size[::-1] if turn in EXIF_SWAPS_SIDES else image.size
-    except IMAGE_ERRORS as error:
-        message = f"expected an image that PIL reads, found {path} ({error})"
-        raise DatasetError(f"{message}; replace the file") from error
+    with open_image(path) as image:
+        # The base class's getexif: that of PNG would decode the whole image first.
+        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        return image.size[::-1] if turn in EXIF_SWAPS_SIDES else image.size
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -58,17 +84,12 @@ def read_image(path: Path) -> np.ndarray:
         32-bit and float grey are stretched from their least to their largest finite value.
 
     Raises:
-        DatasetError: Not an image that PIL reads, cut short, or too large to be one.
+        DatasetError: As `open_image`.
     """
-    try:
-        with Image.open(path) as image:
-            refuse_bomb(image)
-            # PIL before 11 opens 16-bit PNG in mode I; exif_transpose forgets the format.
-            is_uint16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
-            return _to_rgb(ImageOps.exif_transpose(image), is_uint16)
-    except IMAGE_ERRORS as error:
-        message = f"expected an image that PIL reads, found {path} ({error})"
-        raise DatasetError(f"{message}; replace the file or remove it from the data") from error
+    with open_image(path) as image:
+        # PIL before 11 opens 16-bit PNG in mode I; exif_transpose forgets the format.
+        is_uint16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+        return _to_rgb(ImageOps.exif_transpose(image), is_uint16)
 
 
 def _to_rgb(image: Image.Image, is_uint16: bool) -> np.ndarray:

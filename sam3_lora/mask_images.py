@@ -24,18 +24,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
-from sam3_lora.coco import (
-    IMAGE_ERRORS,
-    IMAGE_SUFFIXES,
-    CocoSplit,
-    DatasetError,
-    encode_mask,
-    image_size,
-)
-from sam3_lora.images import refuse_bomb
+from sam3_lora.coco import IMAGE_SUFFIXES, CocoSplit, DatasetError, encode_mask, image_size
+from sam3_lora.images import open_image
 from sam3_lora.shapes import images_in, listed, split_of
 
 logger = logging.getLogger(__name__)
@@ -333,16 +325,11 @@ def _no_pair(photos: list, files: list, images_dir: Path, masks_dir: Path, patte
 
 def _read_values(path: Path, kind: str, size: tuple[int, int], photo: Path) -> np.ndarray:
     """The value of each pixel (height, width), whole numbers; a colour is 0xrrggbb."""
-    try:
-        with Image.open(path) as image:
-            refuse_bomb(image)
-            pages, mode, lossy = getattr(image, "n_frames", 1), image.mode, image.format
-            if kind == "colour" and mode in SMALL_MODES:
-                image = image.convert("RGBA")  # straight to RGB, PIL warns of transparency
-            pixels = np.asarray(image)
-    except IMAGE_ERRORS as error:
-        found = f"expected a mask that PIL reads, found {path} ({error})"
-        raise DatasetError(f"{found}; replace the file") from error
+    with open_image(path, "a mask") as image:
+        pages, mode, lossy = getattr(image, "n_frames", 1), image.mode, image.format
+        if kind == "colour" and mode in SMALL_MODES:
+            image = image.convert("RGBA")  # straight to RGB, PIL warns of transparency
+        pixels = np.asarray(image)
     if pages > 1:
         found = f"expected a mask of one page, found {pages} in {path}"
         raise DatasetError(f"{found}; of a 3-D stack, save each slice and its image as a file")

@@ -17,6 +17,8 @@ import numpy as np
 
 from sam3_lora.config import ConfigError, shorten
 from sam3_lora.forward import VISUAL_PROMPT
+from sam3_lora.geometry import shown
+from sam3_lora.images import UNSAFE
 from sam3_lora.prediction import Prompts
 from sam3_lora.tiles import LEAST_SHARE
 
@@ -147,6 +149,10 @@ def read_prompts(args: argparse.Namespace) -> Prompts:
     labels = args.bbox_labels or [1] * len(args.bboxes)
     if "" in texts:
         raise ConfigError("--text_prompt: expected words, found an empty text")
+    if unsafe := [text for text in texts if UNSAFE.search(text)]:
+        raise ConfigError(
+            f"--text_prompt: expected printable words, found {shown(unsafe[0])}; write UTF-8"
+        )
     if len(labels) != len(args.bboxes):
         raise ConfigError(
             f"--bbox_labels: expected one for each box of --bboxes ({len(args.bboxes)}), found "

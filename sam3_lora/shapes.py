@@ -8,9 +8,9 @@ no segmentation. A shape that encloses nothing has no parts, and its kind stands
 
 import base64
 import io
-import json
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -31,8 +31,9 @@ from sam3_lora.coco import (
     image_size,
     mask_area,
 )
-from sam3_lora.faults import UNSAFE, clean_name
+from sam3_lora.faults import clean_name, parse_json
 from sam3_lora.geometry import COORDINATE_LIMIT, POINT_LIMIT, is_flat
+from sam3_lora.images import UNSAFE, refuse_bomb
 
 logger = logging.getLogger(__name__)
 
@@ -275,6 +276,7 @@ def mask(text: Any, left: int, top: int, right: int, bottom: int, where: str) ->
     """
     try:
         image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+        refuse_bomb(image)
         fits = min(left, top) >= 0 and image.size == (right - left + 1, bottom - top + 1)
         pixels = np.asarray(image.convert("L")) > 0 if fits else None
     except (*IMAGE_ERRORS, TypeError) as error:
@@ -416,7 +418,7 @@ def image_of(by_stem: dict[Path, list[Path]], folder: Path, name: str, file: Pat
         DatasetError: Several images have the stem.
     """
     path = folder / name
-    if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+    if path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path):  # else raises if too long
         return path
     paths = by_stem.get(folder / file.stem, [])
     if len(paths) > 1:
@@ -438,6 +440,8 @@ def annotation_files(folder: Path, suffix: str, flag: str) -> list[Path]:
 def _read(file: Path, limit: int) -> bytes:
     """A file's bytes, unless it is too large to be one of annotations."""
     try:
+        if file.exists() and not file.is_file():  # a pipe or a device may have no end
+            raise problem(file, "a file of annotations", "something else", "move it away")
         size = file.stat().st_size
         if size > limit:
             expected = f"annotations of {limit >> 20} MB or less"
@@ -459,8 +463,8 @@ def read_json(file: Path) -> Any:
     """Returns the content of a JSON file; raises DatasetError for one absent, broken or huge."""
     content = _read(file, JSON_BYTES)
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(content.decode("utf-8-sig"))
+    except ValueError as error:
         raise problem(file, "JSON", str(error), "export it again") from error
 
 

@@ -33,7 +33,7 @@ from sam3_lora.evaluation import Detections
 from sam3_lora.files import check_writable, set_aside, write_atomically, write_picture
 from sam3_lora.forward import PADDING_BOX, Forward, normalize
 from sam3_lora.geometry import mask_box
-from sam3_lora.images import IMAGE_SUFFIXES, DatasetError, image_size, read_image
+from sam3_lora.images import DatasetError, image_size, read_image
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import image_size as model_side
 from sam3_lora.prediction import Prompts
@@ -161,6 +161,16 @@ def read_frames(clip: Clip) -> Iterator[Frame]:
         index = number * clip.every
         _check_size(photo.shape[1::-1], clip.size, f"frame {index} of {clip.path}")
         yield Frame(index, clip.path.name, photo)
+
+
+def check_frames(clip: Clip) -> None:
+    """Reads a video once, so that a damaged frame is told before the work and not in its middle.
+
+    Raises:
+        DatasetError: as `read_frames`.
+    """
+    for _ in read_frames(clip):
+        pass
 
 
 def _check_size(found: tuple[int, int], expected: tuple[int, int], where: Path | str) -> None:
@@ -361,8 +371,11 @@ def plan_outputs(clip: Clip, folder: Path, json_file: Path | None) -> Outputs:
         DatasetError: the folder is none, or an output would replace the input or another one.
         PermissionError: it cannot be written.
     """
-    if folder.is_file() or folder.suffix.lower() in IMAGE_SUFFIXES:
-        raise DatasetError(f"--output: expected a folder for a video, found {folder}")
+    if folder.is_file() or (folder.suffix and not folder.is_dir()):
+        raise DatasetError(
+            f"--output: expected a folder for a video, found {folder}; the GIF and all else go "
+            "into it, and one whose name has a dot must exist"
+        )
     endings = ("_frames", "_masks", ".gif", "_detections.json")
     frames, masks, gif, rows = (folder / f"{clip.name}{ending}" for ending in endings)
     rows = json_file or rows

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "repair": {"coco", "faults", "geometry"},
     "overview": {"coco", "drawing"},
     "formats": {"coco", "shapes"},
-    "shapes": {"coco", "faults", "geometry"},
+    "shapes": {"coco", "faults", "geometry", "images"},
     "mask_images": {"coco", "shapes", "images"},
     "tiles": {"coco", "geometry"},
     "dataset": {"coco", "forward", "geometry", "tiles"},
@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "memory": {"forward", "lora_layers", "losses", "model"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
     | {"metrics", "model", "tiles"},
-    "prompts": {"config", "forward", "prediction", "tiles"},
+    "prompts": {"config", "forward", "geometry", "images", "prediction", "tiles"},
     "exchange": {"checkpoint", "lora_layers"},
     "intervals": {"coco", "metrics"},
     "report": {"coco", "drawing", "intervals", "overview"},
