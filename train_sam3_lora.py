@@ -5,10 +5,9 @@
     python train_sam3_lora.py --config configs/base_config.yaml --resume
     torchrun --nproc_per_node 2 train_sam3_lora.py --config configs/base_config.yaml
 
-Ctrl-C, SIGTERM and SIGHUP end a run after its step, with a checkpoint and the command to go on with
-(exit code 128 + the signal's number: 130, 143, 129). A step has batch_size x
-gradient_accumulation_steps images for each process of torchrun; a resumed run keeps the number that
-it began with, whatever the number of processes.
+Ctrl-C and SIGTERM end a run after its step, with a checkpoint and the command to go on with (exit
+code 130 and 143). A step has batch_size x gradient_accumulation_steps images for each process of
+torchrun; a resumed run keeps the number that it began with.
 
 Writes to output_dir:
     best_model/lora_weights.pt   the adapter with the best validation figure (config.yaml beside it)
@@ -25,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -61,7 +58,7 @@ from sam3_lora.evaluation import describe, evaluate_split, rank, validation_figu
 from sam3_lora.features import FeatureCache, FeatureError, cacheable_parts
 from sam3_lora.files import set_aside
 from sam3_lora.forward import Forward
-from sam3_lora.loader import LoaderError, build_loader, epoch_batches, share_steps
+from sam3_lora.loader import LoaderError, Plan, build_loader, epoch_batches, share_steps
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import (
     ModelError,
@@ -74,20 +71,20 @@ from sam3_lora.model import (
     num_queries,
     train_adapted,
 )
-from sam3_lora.options import find_idle
+from sam3_lora.options import OutputSection, find_idle
 from sam3_lora.overview import detections_panel
 
 log = logging.getLogger("train")
 
+# What comes up between two steps, so that the run can be saved as it stands.
+BETWEEN_STEPS = (DatasetError, FeatureError, LoaderError)
 # What a user can cause, beside what `user_errors` knows.
-ERRORS = (DatasetError, AdapterError, ModelError, FeatureError, runlog.RunLogError)
-ERRORS += (engine.LossError, engine.TooLargeError, LoaderError)
+ERRORS = (*BETWEEN_STEPS, AdapterError, ModelError, runlog.RunLogError)
+ERRORS += (engine.LossError, engine.TooLargeError)
 # Keys of the training section that `PromptDataset` takes as they are.
 OF_DATASET = ("prompts_per_image", "out_of_domain_prompts", "augment", "flip_probability")
 OF_DATASET += ("box_prompt_probability", "box_prompt_text_probability", "over_queries", "seed")
 OF_DATASET += ("box_prompt_negative_probability",)
-# What comes up between two steps, so that the run can be saved as it stands.
-BETWEEN_STEPS = (DatasetError, FeatureError, LoaderError)
 
 
 @dataclass
@@ -103,10 +100,10 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     limits: engine.Limits
-    plan: engine.Plan
+    plan: Plan
+    at: runlog.Progress
+    skips: engine.Skips
     cache: FeatureCache | None = None
-    at: runlog.Progress = field(default_factory=runlog.Progress)
-    skips: engine.Skips = field(default_factory=engine.Skips)
     runlog: runlog.RunLog | None = None  # open from `open_folder` on, in the main process
     signals: processes.SignalWatch = field(default_factory=processes.SignalWatch)
 
@@ -156,12 +153,13 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         folder = training.cache_dir if training.cache_features == "disk" else None
         cache = FeatureCache(forward, train_set, folder, training.cache_limit_gb)
     per_step = training.batch_size * training.gradient_accumulation_steps * processes.count()
-    plan = engine.Plan(
-        len(train_set), per_step, training.num_epochs, training.max_steps, training.warmup_steps
-    )
+    length = training.num_epochs, training.max_steps, training.warmup_steps
+    plan = Plan(len(train_set), per_step, *length)
     loss = partial(compute_losses, pos_weight=training.pos_weight, mask_loss=training.mask_loss)
+    # What it says of an earlier run in the folder held once.
+    once = replace(config.output, overwrite=False, resume=False)
     return Run(
-        config=config,
+        config=replace(config, output=once),
         folder=config.output.output_dir,
         forward=forward,
         criterion=loss,
@@ -172,6 +170,7 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         cache=cache,
         limits=engine.Limits(training.batch_size, config.hardware.max_rows_per_forward),
         plan=plan,
+        at=runlog.Progress(patience=training.early_stopping_patience),
         skips=engine.Skips(training.non_finite == "skip"),
     )
 
@@ -196,13 +195,13 @@ def build_forward(
 
 def memory_settings(config: Config, forward: Forward) -> dict[str, Any]:
     """The arguments of `memory.predict` for this configuration."""
-    boxes = config.training.box_prompt_probability > 0
-    cached = config.training.cache_features != "off" and cacheable_parts(forward, boxes)
+    training, boxes = config.training, config.training.box_prompt_probability > 0
+    cached = training.cache_features != "off" and cacheable_parts(forward, boxes)
     return {
-        "images": config.training.batch_size,
-        "prompts": config.training.prompts_per_image,
+        "images": training.batch_size,
+        "prompts": training.prompts_per_image,
         "max_rows": config.hardware.max_rows_per_forward,
-        "mask_loss": config.training.mask_loss,
+        "mask_loss": training.mask_loss,
         "cached": cached[-1] if cached else (),
     }
 
@@ -218,22 +217,21 @@ def describe_dry_run(config: Config) -> str:
     return memory.dry_run_text(forward, stands_in=stands_in, **memory_settings(config, forward))
 
 
-def open_folder(run: Run) -> None:
+def open_folder(run: Run, output: OutputSection) -> None:
     """Makes the run's folder; an earlier run is set aside, replaced or (--resume) continued."""
-    output, forward = run.config.output, run.forward
     if output.resume:
         resume(run)
-    processes.align(p for p in forward.model.parameters() if p.requires_grad)
+    processes.align(p for p in run.forward.model.parameters() if p.requires_grad)
     processes.wait()
     if not processes.is_main():
         return
     moved = None if output.resume else set_aside(run.folder, output.overwrite)
     setup_logging(run.folder / "train.log")
-    save_settings(run, run.folder)
+    save_config(run.config, run.folder / "config.yaml")
+    forward = run.forward
     trainable, base = count_parameters(forward.model)
+    place = f"{forward.device}, {forward.dtype}, checkpointing {forward.checkpointing}"
     share = f"{trainable:,} trainable of {base:,} ({100 * trainable / base:.3f} %)"
-    place = f"{forward.device}, {forward.dtype}".replace("torch.", "")
-    place += f", checkpointing {forward.checkpointing}"
     log.info("%s, %s: %s", engine.environment(Path(__file__)), place, share)
     if moved:
         log.warning("%s held an earlier run: renamed to %s", run.folder, moved)
@@ -258,12 +256,10 @@ def to_training(run: Run) -> None:
 def describe_run(run: Run) -> None:
     """Logs what is trained, on what, and what the data does not allow."""
     log.info("adapters:\n%s", lora_table(run.forward.model))
-    size, categories = len(run.train_set), len(run.train_set.split.categories)
-    steps = f"{run.plan.total_steps} steps in {run.plan.epochs} epochs"
-    steps += f", from {run.cache}" if run.cache else ""
-    if processes.count() > 1:
-        steps += f", {run.plan.images_per_step} images a step in {processes.count()} processes"
-    log.info("%d images or tiles, %d categories, %s", size, categories, steps)
+    items = (
+        f"{len(run.train_set)} images or tiles, {len(run.train_set.split.categories)} categories"
+    )
+    log.info("%s, %s%s", items, run.plan, f", from {run.cache}" if run.cache else "")
     if run.forward.compiled:
         log.info("compiling: minutes at the first step, and at each new size of a batch")
     if run.val_set is None:
@@ -272,18 +268,10 @@ def describe_run(run: Run) -> None:
         log.warning("the training split has no object: every prompt is trained as absent")
     elif not run.forward.masks:
         log.warning("the training split has no masks: training on boxes, without the mask loss")
-    for words in find_idle(run.config, len(evaluated_steps(run)) if run.val_set else 0):
+    for words in find_idle(run.config, run.plan.evaluations(run.config.training.eval_steps)):
         log.warning("without effect: %s", words)
     if run.plan.warmup_steps < run.config.training.warmup_steps:
         log.warning("warmup_steps: %d, a tenth of this short run", run.plan.warmup_steps)
-
-
-def evaluated_steps(run: Run) -> set[int]:
-    """The steps of a whole run after which the validation split is evaluated."""
-    every = run.plan.steps_per_epoch, run.config.training.eval_steps
-    return {n for step in every for n in range(step, run.plan.total_steps + 1, step)} | {
-        run.plan.total_steps
-    }
 
 
 def resume(run: Run) -> None:
@@ -292,11 +280,11 @@ def resume(run: Run) -> None:
     newest = checkpoint.checkpoints(run.folder)[-1]
     parts = run.forward.model, run.optimizer, run.scaler
     state = checkpoint.restore(newest, *parts, rank=processes.rank())
-    run.at = runlog.Progress.resumed(state)
+    run.at.resume(state)
     # Earlier checkpoints have none of these.
     run.plan.images_per_step = state.get("images_per_step", run.plan.images_per_step)
     run.skips.in_a_row, run.skips.total = state.get("skips", (0, 0))
-    finished = "; it stopped early: raise --early_stopping_patience" if is_stopped(run) else ""
+    finished = "; it stopped early: raise --early_stopping_patience" if run.at.stopped else ""
     if run.at.step >= run.plan.total_steps:
         finished = "; it is finished: raise --max_steps"
     log.info("resuming %s at step %d of %d%s", newest, run.at.step, run.plan.total_steps, finished)
@@ -312,12 +300,11 @@ def evaluate_now(run: Run) -> None:
     forward.model.vision_encoder.backbone.to(forward.device)
     batches = epoch_batches(len(run.val_set), 1, 0, 0, shuffle=False)
     loader = build_loader(run.val_set, processes.share(batches), config.hardware.num_workers)
-    rounds = math.ceil(len(batches) / processes.count())
     summary, results = evaluate_split(
         forward,
         run.criterion,
         count_targets,
-        run.signals.between(loader, rounds),
+        run.signals.between(loader, len(batches)),
         run.val_set.split,
         max_rows=run.limits.rows,
         max_detections=config.evaluation.max_detections,
@@ -330,8 +317,8 @@ def evaluate_now(run: Run) -> None:
         run.runlog.add_row({"step": run.at.step, "val": run.at.val})
         if better:
             save_model(run, "best_model")
-        threshold = config.evaluation.score_threshold
-        run.runlog.show(run.at.step, detections_panel(run.val_set.split, results, threshold))
+        panel = detections_panel(run.val_set.split, results, config.evaluation.score_threshold)
+        run.runlog.show(run.at.step, panel)
     to_training(run)
 
 
@@ -353,13 +340,7 @@ def save_model(run: Run, name: str) -> None:
     """Writes the adapter and the configuration to a folder of the run."""
     folder = run.folder / name
     checkpoint.save_adapter(folder / checkpoint.ADAPTER_FILE, **adapter_description(run))
-    save_settings(run, folder)
-
-
-def save_settings(run: Run, folder: Path) -> None:
-    """Writes the configuration; what it says of an earlier run in the folder held once."""
-    once = replace(run.config.output, overwrite=False, resume=False)
-    save_config(replace(run.config, output=once), folder / "config.yaml")
+    save_config(run.config, folder / "config.yaml")
 
 
 def save_now(run: Run) -> None:
@@ -369,7 +350,6 @@ def save_now(run: Run) -> None:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "skips": (run.skips.in_a_row, run.skips.total),
-        "figure": run.at.figure if run.at.evaluated == run.at.step else None,
         "images_per_step": run.plan.images_per_step,
         "rng": processes.gather(checkpoint.rng_state()),
     }
@@ -425,15 +405,9 @@ def train_epoch(run: Run, epoch: int) -> None:
             if run.plan.is_due(run.at.step, run.config.output.logging_steps):
                 bar.set_postfix_str(log_steps(run, epoch))
             end_step(run)
-            if is_stopped(run):
+            if run.at.stopped:
                 break
             run.signals.check()
-
-
-def is_stopped(run: Run) -> bool:
-    """Whether the run ends early."""
-    patience = run.config.training.early_stopping_patience
-    return patience is not None and run.at.stale >= patience
 
 
 def log_steps(run: Run, epoch: int) -> str:
@@ -452,7 +426,7 @@ def end_step(run: Run) -> None:
     ends = run.plan.ends_epoch(run.at.step)
     if ends or run.at.step % training.eval_steps == 0:
         evaluate_now(run)
-    if ends or run.at.step % training.save_steps == 0 or is_stopped(run):
+    if ends or run.at.step % training.save_steps == 0 or run.at.stopped:
         save_now(run)
 
 
@@ -460,18 +434,17 @@ def train(run: Run) -> None:
     """All epochs."""
     if run.at.step:
         end_step(run)  # a checkpoint may have come before an evaluation of its step
-    while run.at.step < run.plan.total_steps and not is_stopped(run):
+    while run.at.step < run.plan.total_steps and not run.at.stopped:
         train_epoch(run, run.at.step // run.plan.steps_per_epoch)
     if run.at.records:
         log_steps(run, (run.at.step - 1) // run.plan.steps_per_epoch)
-    if is_stopped(run):
-        text = "stopped early at step %d: %d evaluations without a better %s"
-        log.info(text, run.at.step, run.at.stale, run.config.evaluation.best_metric)
+    if run.at.stopped:
+        text = f"{run.at.stale} evaluations without a better {run.config.evaluation.best_metric}"
+        log.info("stopped early at step %d: %s", run.at.step, text)
 
 
 def train_or_save(run: Run) -> None:
-    """Trains; where a signal or the data ends the run early, saves it as it stands, and says how to
-    go on."""
+    """Trains; a run that a signal or the data ends is saved as it stands, and says how to go on."""
     try:
         with processes.watch() as run.signals:
             train(run)
@@ -481,8 +454,7 @@ def train_or_save(run: Run) -> None:
         if run.at.step and together:
             save_now(run)
         if checkpoint.checkpoints(run.folder):
-            words = [os.path.relpath(__file__), "--config", str(run.folder / "config.yaml")]
-            command = processes.command([*words, "--resume"])
+            command = processes.resume_command(__file__, run.folder / "config.yaml")
             log.warning("stopped at step %d; to go on: %s", run.at.step, command)
         raise
 
@@ -509,9 +481,8 @@ def main(argv: list[str] | None = None) -> int:
         if processes.rank():  # dropout and sampled points of its own
             engine.seed_everything((data.seed + processes.rank()) % 2**32)
         if run.cache:
-            with logging_redirect_tqdm():
-                run.cache.fill(run.train_set, config.hardware.num_workers)
-        open_folder(run)
+            run.cache.fill(run.train_set, config.hardware.num_workers)
+        open_folder(run, output)
         # 3. Epochs.
         with logging_redirect_tqdm():
             train_or_save(run)

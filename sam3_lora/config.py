@@ -101,8 +101,7 @@ def _expectation(key: Key) -> str:
     text = f"expected {key.limits['help'] if 'pattern' in key.limits else _KINDS[key.kind]}"
     bounds = [f"{word} {key.limits[name]}" for name, word in wording.items() if name in key.limits]
     bounds += ["or null"] if key.optional else []
-    default = _as_text(key.default)
-    default = ",".join(default) if key.kind is tuple else default
+    default = ",".join(key.default) if key.kind is tuple else _as_text(key.default)
     return " ".join([text, *bounds]) + ("" if default is None else f" (default {default})")
 
 
@@ -239,8 +238,7 @@ def load_config(config_path: Path | None, argv_overrides: dict[str, Any]) -> Con
             config = replace(config, **{key.section: section})
         except (ValueError, KeyError, TypeError):
             text = "null" if value is None else shorten(repr(value))
-            text = f"{key.section}.{key.name} is {text}, {_expectation(key)}"
-            problems.append(f"{source}: {text}")
+            problems.append(f"{source}: {key.section}.{key.name} is {text}, {_expectation(key)}")
     if problems := problems + find_clashes(config):
         raise ConfigError("; ".join(problems))
     return config
@@ -457,8 +455,6 @@ def user_errors(*errors: type[Exception]) -> Callable[[Callable[..., int]], Call
             except KeyboardInterrupt:
                 sys.stderr.write("interrupted\n")
                 return 130
-            except processes.Stopped as stop:
-                return stop.exit_code
             except (ConfigError, OSError, processes.ProcessError, *errors) as error:
                 if "--debug" in (sys.argv if argv is None else argv):
                     traceback.print_exc()

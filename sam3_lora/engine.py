@@ -40,9 +40,6 @@ log = logging.getLogger(__name__)
 PER_IMAGE = ("images", "views", "image_ids", "original_sizes", "labels")
 PER_IMAGE += ("trunk", "fpn_0", "fpn_1", "geometry")
 
-# The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
-LONGEST_WARMUP = 0.1
-
 # So many steps in a row may be left out. 16 halvings take a gradient scaler from its first scale,
 # 2^16, to none; gradients that still overflow after nearly as many again will not come right.
 MOST_SKIPPED_IN_A_ROW = 30
@@ -146,53 +143,6 @@ def lr_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> 
     return 1 - min(progress, 1.0) if schedule == "linear" else 1.0
 
 
-@dataclass
-class Plan:
-    """How many steps a run has.
-
-    Args:
-        images: of the training set.
-        images_per_step: over all processes; the last step of an epoch may have fewer.
-        num_epochs: of the run, unless `max_steps` says how many steps.
-        max_steps: the last epoch may be cut short; None: all of them.
-        longest_warmup: steps of warm-up asked for.
-    """
-
-    images: int
-    images_per_step: int
-    num_epochs: int
-    max_steps: int | None
-    longest_warmup: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
-        return math.ceil(self.images / self.images_per_step)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.max_steps or self.steps_per_epoch * self.num_epochs
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of the run, one that is cut short among them."""
-        return math.ceil(self.total_steps / self.steps_per_epoch)
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps of warm-up: no more than LONGEST_WARMUP of the run."""
-        return min(self.longest_warmup, int(LONGEST_WARMUP * self.total_steps))
-
-    def is_due(self, step: int, every: int) -> bool:
-        """Whether something done every so many steps, and at the run's end, is due."""
-        return step % every == 0 or step == self.total_steps
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch, or the run, ends with this step."""
-        return self.is_due(step, self.steps_per_epoch)
-
-
 def train_one_epoch(
     forward: ForwardLike,
     criterion: Criterion,
@@ -211,13 +161,11 @@ def train_one_epoch(
     """Takes the optimizer steps of an epoch, yielding a record after each.
 
     Args:
-        forward, criterion, count: see above; train or eval mode is the caller's.
-        batches: micro-batches.
+        forward, criterion, count, batches: see above; train or eval mode is the caller's.
         optimizer, scaler: over the trainable parameters; the scaler is for fp16.
         factor: step -> share of the peak learning rate.
         limits: larger micro-batches are cut; halved, with a warning, where memory runs out.
-        step: steps done before.
-        sizes: micro-batches of each step; 0 where the other processes have them all.
+        step, sizes: steps done before; micro-batches of each, 0 where other processes have all.
         max_grad_norm: L2 norm gradients are clipped to; 0 leaves them.
         skips: whether steps that are not finite are left out, and their count; None: they are not.
 
@@ -232,7 +180,6 @@ def train_one_epoch(
     """
     scaler, skips = scaler or torch.amp.GradScaler(enabled=False), skips or Skips()
     iterator, started = iter(batches), time.perf_counter()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for size in sizes:
         micro_batches = list(itertools.islice(iterator, size))
         if size and not micro_batches:
@@ -240,13 +187,11 @@ def train_one_epoch(
         _set_rate(optimizer, factor(step))
         counts = _count_all(count, micro_batches)
         totals = _gradients(forward, criterion, micro_batches, counts, limits, optimizer, scaler)
-        totals = processes.sum_gradients(parameters, totals)
         totals["grad_norm"] = _clip(optimizer, scaler, max_grad_norm)
         step += 1
-        images = counts.pop("images")
         record = _take_step(_to_numbers(totals), step, micro_batches, optimizer, scaler, skips)
         record |= {"step": step, "lr": optimizer.param_groups[0]["lr"], "counts": counts}
-        yield record | {"images": images, "seconds": time.perf_counter() - started}
+        yield record | {"images": counts.pop("images"), "seconds": time.perf_counter() - started}
         started = time.perf_counter()  # what the caller did meanwhile is not the step's
 
 
@@ -300,7 +245,8 @@ def _gradients(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Losses:
-    """Sets a step's gradients, in parts that fit into memory; returns its losses, detached."""
+    """Sets a step's gradients, in parts that fit into memory, summed over all processes; returns
+    its losses, detached."""
 
     def work() -> Losses:
         optimizer.zero_grad(set_to_none=True)
@@ -312,7 +258,9 @@ def _gradients(
 
     images = max((len(batch["image_ids"]) for batch in micro_batches), default=0)
     rows = max((len(batch["texts"]) for batch in micro_batches), default=0)
-    return _within_memory(work, limits, images, rows)
+    totals = _within_memory(work, limits, images, rows)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return processes.sum_gradients(parameters, totals)
 
 
 def _split(batch: Batch, images: int) -> Iterator[Batch]:

@@ -227,20 +227,25 @@ def evaluate_split(
     with torch.random.fork_rng(gpus):
         for chunk in engine.evaluate(forward, criterion, count, batches, max_rows):
             _add_chunk(found, chunk, max_detections, score_threshold)
-            for name, value in chunk["losses"].items():
-                # A term is a mean over its batch: of objects for the IoU, else of its rows.
-                kind = "masked_targets" if "loss_mask" in chunk["losses"] else "targets"
-                objects = chunk["counts"][kind]
-                weight = objects if name == "iou" else len(chunk["batch"]["image_ids"])
-                sums[name] += value * weight
-                if chunk["rows"].start == 0:
-                    weights[name] += weight
+            _add_losses(sums, weights, chunk)
     parts = processes.gather((dict(sums), dict(weights)))
     sums, weights = (_add_up([part[which] for part in parts]) for which in (0, 1))
     # Without any object there is no IoU.
     means = {name: value / weights[name] if weights[name] else None for name, value in sums.items()}
     summary, results = summarize(found, split, max_detections, score_threshold)
     return {**summary, "losses": means}, results
+
+
+def _add_losses(sums: dict[str, float], weights: dict[str, int], chunk: dict[str, Any]) -> None:
+    """Adds a chunk of `engine.evaluate` to the sums of loss terms and what these are divided by."""
+    for name, value in chunk["losses"].items():
+        # A term is a mean over its batch: of objects for the IoU, else of the batch's rows.
+        kind = "masked_targets" if "loss_mask" in chunk["losses"] else "targets"
+        objects = chunk["counts"][kind]
+        weight = objects if name == "iou" else len(chunk["batch"]["image_ids"])
+        sums[name] += value * weight
+        if chunk["rows"].start == 0:
+            weights[name] += weight
 
 
 def _add_up(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ In several training processes each reads its share of a step's images, see `shar
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -16,12 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sam3_lora import processes
 from sam3_lora.dataset import BoxPrompt, Item, PromptDataset
 from sam3_lora.forward import PADDING_BOX
 from sam3_lora.images import DatasetError
@@ -29,6 +32,9 @@ from sam3_lora.images import DatasetError
 Keys = list[tuple[int, int]]  # (epoch, index of the item)
 # What torch does where a worker has died, see `_take_handler`.
 _torch_handler: Callable[[int, Any], None] | None = None
+
+# The warm-up takes at most this share of a run, so that a short one reaches its learning rate.
+LONGEST_WARMUP = 0.1
 
 
 class LoaderError(RuntimeError):
@@ -74,6 +80,65 @@ def _pad_boxes(rows: list[list[BoxPrompt]]) -> dict[str, torch.Tensor | None]:
         "box_prompts_cxcywh": torch.tensor([[box for _, box in row] for row in padded]),
         "box_prompt_labels": torch.tensor([[label for label, _ in row] for row in padded]),
     }
+
+
+@dataclass
+class Plan:
+    """How many steps a run has.
+
+    Args:
+        images: of the training set.
+        images_per_step: over all processes; the last step of an epoch may have fewer.
+        num_epochs: of the run, unless `max_steps` says how many steps.
+        max_steps: the last epoch may be cut short; None: all of them.
+        longest_warmup: steps of warm-up asked for.
+    """
+
+    images: int
+    images_per_step: int
+    num_epochs: int
+    max_steps: int | None
+    longest_warmup: int
+
+    def __str__(self) -> str:
+        """The run's length, for the log."""
+        text = f"{self.total_steps} steps in {self.epochs} epochs"
+        if processes.count() > 1:
+            text += f", {self.images_per_step} images a step in {processes.count()} processes"
+        return text
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(self.images / self.images_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps or self.steps_per_epoch * self.num_epochs
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the run, one that is cut short among them."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up: no more than LONGEST_WARMUP of the run."""
+        return min(self.longest_warmup, int(LONGEST_WARMUP * self.total_steps))
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps, and at the run's end, is due."""
+        return step % every == 0 or step == self.total_steps
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch, or the run, ends with this step."""
+        return self.is_due(step, self.steps_per_epoch)
+
+    def evaluations(self, every: int) -> int:
+        """Evaluations of a run: every so many steps, and at the end of each epoch."""
+        periods = (range(n, self.total_steps + 1, n) for n in (every, self.steps_per_epoch))
+        return len({self.total_steps}.union(*periods))
 
 
 def epoch_batches(count: int, batch_size: int, epoch: int, seed: int, shuffle: bool) -> list[Keys]:

@@ -11,12 +11,14 @@ rank 0 of 1, and nothing here costs anything.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,16 +35,8 @@ class ProcessError(RuntimeError):
     """The other processes of the run cannot be reached; the message says what to do."""
 
 
-class Stopped(Exception):
-    """A signal ended the run in order.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number  # as shells give it
+class Stopped(SystemExit):
+    """A signal ended the run in order; the code is 128 + its number, as shells give it."""
 
 
 def count() -> int:
@@ -70,11 +64,12 @@ def shows_progress() -> bool:
     return is_main() and sys.stderr.isatty()
 
 
-def command(words: Sequence[str]) -> str:
-    """The command line that runs a script with its flags as this process was started."""
+def resume_command(script: str, config: Path) -> str:
+    """The command line that goes on with a run, in as many processes as this one has."""
     launch = "python"
     if count() > 1:
         launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', count())}"
+    words = [os.path.relpath(script), "--config", str(config), "--resume"]
     return f"{launch} {shlex.join(words)}"
 
 
@@ -193,17 +188,17 @@ class SignalWatch:
         """Raises Stopped where any process has received a signal: in all, at the same step."""
         for number in gather(self.received):
             if number is not None:
-                raise Stopped(number)
+                raise Stopped(128 + number)
 
-    def between(self, items: Iterable[Any], rounds: int) -> Iterator[Any]:
-        """Yields this process's items, with `check` before each.
+    def between(self, items: Iterable[Any], total: int) -> Iterator[Any]:
+        """Yields this process's items, with `check` before each, as often in every process.
 
         Args:
-            items: of this process.
-            rounds: as many checks, the same number in every process.
+            items: this process's `share`.
+            total: number of items of all processes.
         """
         iterator = iter(items)
-        for _ in range(rounds):
+        for _ in range(math.ceil(total / count())):
             self.check()
             yield from itertools.islice(iterator, 1)
 

@@ -20,7 +20,7 @@ import os
 import secrets
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ TABLE_FILE = "metrics.csv"
 WANDB_ID_FILE = "wandb_id.txt"
 # Optional package -> what is imported of it.
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+# Of a run's Progress, what a checkpoint keeps as it is.
+RESUMED = ("records", "best", "stale", "val")
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Progress:
         records: of `engine.train_one_epoch`, of the steps since the last line of the log.
         best, stale: the best evaluation's figure (`evaluation.rank`), and evaluations since.
         evaluated, figure, val: step of the last evaluation, its figure, all its figures by name.
+        patience: evaluations without a better one that end a run; None: it goes on.
     """
 
     step: int = 0
@@ -60,6 +63,12 @@ class Progress:
     evaluated: int = -1
     figure: list[float] | None = None
     val: dict[str, Any] = field(default_factory=dict)
+    patience: int | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run ends early."""
+        return self.patience is not None and self.stale >= self.patience
 
     def judge(self, figures: dict[str, Any], figure: list[float]) -> bool:
         """Takes an evaluation of this step; returns whether it is the best so far."""
@@ -71,16 +80,14 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; `figure` is None where this step was not evaluated."""
         figure = self.figure if self.evaluated == self.step else None
-        names = ("records", "best", "stale", "val")
-        return {"figure": figure, **{name: getattr(self, name) for name in names}}
+        return {"figure": figure, **{name: getattr(self, name) for name in RESUMED}}
 
-    @classmethod
-    def resumed(cls, state: dict[str, Any]) -> Progress:
-        """From a checkpoint's state, of an earlier version too."""
-        names = {item.name for item in fields(cls)}
-        found = cls(**{name: value for name, value in state.items() if name in names})
-        found.evaluated = found.step if found.figure else -1
-        return found
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's state; one of an earlier version lacks some of it."""
+        self.step, self.figure = state["step"], state["figure"]
+        self.evaluated = self.step if self.figure else -1
+        for name in RESUMED:
+            setattr(self, name, state.get(name, getattr(self, name)))
 
 
 class RunLogError(RuntimeError):

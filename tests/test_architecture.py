@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "mask_images": {"coco", "shapes", "images"},
     "tiles": {"coco", "geometry"},
     "dataset": {"coco", "forward", "geometry", "tiles"},
-    "loader": {"dataset", "forward", "images"},
+    "loader": {"dataset", "forward", "images", "processes"},
     "losses": {"matching"},
     "metrics": {"coco"},
     "forward": {"model"},

@@ -51,7 +51,12 @@ def adapter_of(model) -> dict:
 
 
 def save(run: Path, model, step: int, figure: list[float] | None = None) -> Path:
-    state = {"optimizer": optimizer_of(model).state_dict(), "scaler": {}, "rng": [rng_state()]}
+    state = {
+        "optimizer": optimizer_of(model).state_dict(),
+        "scaler": {},
+        "best": None,
+        "rng": [rng_state()],
+    }
     return save_checkpoint(run, step, state | {"figure": figure}, adapter_of(model))
 
 
@@ -131,6 +136,7 @@ def assert_whole(run: Path) -> None:
         read_checkpoint(folder)
 
 
+@pytest.mark.scripts
 @forks
 def test_a_kill_at_any_operation_leaves_a_run_to_go_on_with(model, template, tmp_path) -> None:
     def work(run: Path) -> None:

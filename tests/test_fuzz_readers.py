@@ -302,6 +302,7 @@ counts |= st.binary(max_size=12) | st.text("0123456789:;<=>?@ABCDEFGHIJKLMNO", m
 polygons = st.lists(st.lists(values | st.floats(-50, 90), max_size=12) | values, max_size=3)
 
 
+@pytest.mark.scripts
 @settings(fuzz, max_examples=600)
 @given(st.fixed_dictionaries({"size": st.just([HEIGHT, WIDTH]) | values, "counts": counts}))
 def test_any_runs_are_a_mask_or_refused(rle: dict[str, Any]) -> None:

@@ -51,11 +51,12 @@ def test_one_process_needs_no_connection():
 
 
 def test_the_command_to_go_on_is_that_of_the_start(monkeypatch):
-    words = ["train.py", "--config", "a run/config.yaml", "--resume"]
-    assert processes.command(words) == "python train.py --config 'a run/config.yaml' --resume"
+    words = "train.py", Path("a run/config.yaml")
+    rest = "train.py --config 'a run/config.yaml' --resume"
+    assert processes.resume_command(*words) == f"python {rest}"
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert processes.command(words).startswith("torchrun --nproc_per_node 2 train.py --config")
+    assert processes.resume_command(*words) == f"torchrun --nproc_per_node 2 {rest}"
 
 
 def free_port() -> int:

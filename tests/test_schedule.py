@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sam3_lora.engine import Plan, build_optimizer, lr_factor, seed_everything
+from sam3_lora.engine import build_optimizer, lr_factor, seed_everything
+from sam3_lora.loader import Plan
 from sam3_lora.runlog import mean_record, memory_use, progress_text
 
 # The learning rate --------------------------------------------------------------------------------
