@@ -3,6 +3,8 @@
 #
 #   ./quickstart.sh           setup, then the demo: fine-tunes the small model in demo/ on drawn
 #                             images, on a CPU, without a download; minutes, no question asked
+#   ./quickstart.sh demo --max_steps 20
+#                             the same with flags of train_sam3_lora.py, here a training of seconds
 #   ./quickstart.sh setup     make .venv and install into it
 #   ./quickstart.sh test      setup, then ruff, the unit tests and the scripts' tests (CPU, offline)
 #
@@ -14,7 +16,7 @@ requirements=(requirements.txt requirements-dev.txt)
 stamp=.venv/.requirements
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
 }
 
 setup() {
@@ -71,13 +73,14 @@ print(f"Hugging Face: {'logged in' if token else 'not logged in; only SAM 3 itse
 PYTHON
 }
 
+# Runs the demo; its arguments go to the training.
 demo() {
     export HF_HUB_OFFLINE=1
     local out=outputs/demo photo=data/demo/test/images/00001.jpg box='[[61, 14, 121, 73]]'
     local adapter=(--lora_weights "$out/best_model" --image "$photo")
     look_around
     run prepare_data.py demo --output_dir data/demo --overwrite
-    run train_sam3_lora.py --config configs/demo_config.yaml --overwrite
+    run train_sam3_lora.py --config configs/demo_config.yaml --overwrite "$@"
     run evaluate_sam3_lora.py --lora_weights "$out/best_model" --data_dir data/demo --split test \
         --compare --output_dir "$out/evaluation" --overwrite
     run inference.py "${adapter[@]}" --text_prompt "oil leak" --output "$out/text.png"
@@ -95,7 +98,7 @@ demo() {
 case "${1:-demo}" in
     demo)
         setup
-        demo
+        demo "${@:2}"
         ;;
     setup)
         setup
@@ -108,7 +111,7 @@ case "${1:-demo}" in
         usage
         ;;
     *)
-        echo "error: unknown command '$1'; expected setup, test or nothing, for the demo" >&2
+        echo "error: unknown command '$1'; expected demo, setup, test or nothing, for the demo" >&2
         exit 2
         ;;
 esac

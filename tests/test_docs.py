@@ -1,6 +1,7 @@
 """Each command that the documents show names a script that exists, with flags that it takes."""
 
 import importlib
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ DOCUMENTS = ("README.md", "TRAINING_GUIDE.md", "data/README.md", "demo/sam3_tiny
 
 
 def find_commands(text: str) -> Iterator[list[str]]:
-    """The words of each `python X.py ...` command in the fenced blocks of a document."""
+    """The words of each `python X.py ...` command in the fenced blocks of a document; torchrun with
+    its own flags stands for python."""
     fenced = False
     lines: list[str] = []
     for line in text.replace("\\\n", " ").splitlines():
@@ -21,6 +23,7 @@ def find_commands(text: str) -> Iterator[list[str]]:
         elif fenced:
             lines.append(line.strip().removeprefix("$ "))
     for line in lines:
+        line = re.sub(r"\btorchrun\b.*?(?=\S+\.py\b)", "python ", line)
         words = line.split()
         starts = [i for i, word in enumerate(words) if Path(word).name in ("python", "python3")]
         if starts and words[starts[0] + 1 : starts[0] + 2] and ".py" in words[starts[0] + 1]:
@@ -31,6 +34,8 @@ def find_commands(text: str) -> Iterator[list[str]]:
             for word in lexer:
                 if set(word) <= set("|&;<>"):
                     break
+                if word.startswith("$"):  # what the shell would put there is not known
+                    continue
                 command.append(word)
             yield command
 
@@ -51,11 +56,13 @@ COMMANDS = document_commands()
 def test_find_commands_reads_fences_continuations_and_redirections() -> None:
     text = (
         "python not_fenced.py\n```bash\n# a comment\npython a.py x \\\n  --flag '[[1, 2]]'\n"
-        "$ HF_HUB_OFFLINE=1 python b.py > log.txt\npip install y\n```\nthen `python c.py`\n"
+        "$ HF_HUB_OFFLINE=1 python b.py > log.txt\nsrun torchrun --nnodes 2 c.py --resume\n"
+        "pip install y\n```\nthen `python d.py`\n"
     )
     assert list(find_commands(text)) == [
         ["python", "a.py", "x", "--flag", "[[1, 2]]"],
         ["python", "b.py"],
+        ["python", "c.py", "--resume"],
     ]
 
 
