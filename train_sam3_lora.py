@@ -450,13 +450,15 @@ def train_or_save(run: Run) -> None:
             train(run)
     except (processes.Stopped, *BETWEEN_STEPS) as error:
         # A process that is alone with its error cannot save: the others know nothing of it.
-        together = isinstance(error, processes.Stopped) or processes.count() == 1
-        if run.at.step and together:
+        if run.at.step and (isinstance(error, processes.Stopped) or processes.count() == 1):
             save_now(run)
         if checkpoint.checkpoints(run.folder):
             command = processes.resume_command(__file__, run.folder / "config.yaml")
             log.warning("stopped at step %d; to go on: %s", run.at.step, command)
         raise
+    finally:
+        if run.runlog:
+            run.runlog.close()
 
 
 @user_errors(*ERRORS)
@@ -486,10 +488,8 @@ def main(argv: list[str] | None = None) -> int:
         # 3. Epochs.
         with logging_redirect_tqdm():
             train_or_save(run)
-        # 4. The end of the run.
         if run.runlog:
             save_model(run, "last_model")
-            run.runlog.close()
     if run.skips.total:
         log.info("%d steps left out, as not finite: see train.log", run.skips.total)
     log.info("done: %s", run.folder / "best_model" / checkpoint.ADAPTER_FILE)
