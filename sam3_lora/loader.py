@@ -30,6 +30,9 @@ from sam3_lora.forward import PADDING_BOX
 from sam3_lora.images import DatasetError
 
 Keys = list[tuple[int, int]]  # (epoch, index of the item)
+# Seconds that a worker lives on after SIGTERM: a step, and to save. Torch terminates its workers by
+# that signal, after they were asked to end.
+LINGER = 15.0
 # What torch does where a worker has died, see `_take_handler`.
 _torch_handler: Callable[[int, Any], None] | None = None
 
@@ -224,16 +227,27 @@ def _as_it_is(packed: Any) -> Any:
 
 
 def _end_with_parent(worker: int) -> None:
-    """Ends a worker, in which it runs, when the training process is killed: torch's own watch waits
-    forever where the pipe is full."""
+    """Ends a worker, in which it runs, with the training process and not before: terminals and
+    schedulers send their signals to all processes, and the training one finishes its step.
+
+    Torch's own watch of the parent waits forever where the pipe is full.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
+    def linger(number: int, frame: Any) -> None:
+        timer = threading.Timer(LINGER, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
     parent = multiprocessing.parent_process().pid
     threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGTERM, linger)
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class Batches:

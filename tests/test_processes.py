@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -307,6 +308,27 @@ class TestSignals:
         )
         assert done.returncode == 0, done.stderr
         assert_same_run(whole, cut)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_to_all_processes_of_a_run(self, train_args, tmp_path, number):
+        def stopped(_: int) -> int:
+            original = train_sam3_lora.log_steps
+
+            def log_steps(run, epoch):
+                if run.at.step == 2:
+                    os.killpg(0, number)
+                    time.sleep(0.5)
+                return original(run, epoch)
+
+            os.setpgrp()
+            train_sam3_lora.log_steps = log_steps
+            flags = ("--num_workers", "2", "--batch_size", "1", "--num_epochs", "4")
+            return train_sam3_lora.main(train_args(tmp_path / "run", *flags))
+
+        ((code, text),) = fork(stopped, tmp_path / "a")
+        assert code == 128 + number
+        assert text.count(f"{signal.Signals(number).name}:") == 1
+        assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
     def test_a_second_signal_ends_it_at_once(self, train_args, tmp_path):
         def stopped(_: int) -> int:
