@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,16 +222,17 @@ def _as_it_is(packed: Any) -> Any:
     return packed
 
 
-def _end_with_parent(worker: int) -> None:
-    """Ends a worker, in which it runs, when the training process is killed: torch's own watch waits
-    forever where the pipe is full."""
+def _begin_worker(worker: int) -> None:
+    """Has a worker, in which it runs, end when the training process does, and not before: a signal
+    to their group (Ctrl-C, torchrun, a scheduler) is for that one. Torch's own watch waits forever
+    where the pipe is full."""
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
-    parent = multiprocessing.parent_process().pid
+    for number in processes.signals():
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -327,7 +327,7 @@ def build_loader(
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=_begin_worker,
         # Of its own: a draw from the global one would change dropout after a resume.
         generator=torch.Generator().manual_seed(0),
     )

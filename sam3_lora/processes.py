@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -182,7 +182,8 @@ class SignalWatch:
         if is_main():
             name = signal.Signals(number).name
             text = f"\n{name}: this step is finished and saved; a second one ends the run at once\n"
-            os.write(2, text.encode())  # a handler may have interrupted a write to sys.stderr
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, text.encode())  # it may have interrupted a write to sys.stderr
 
     def check(self) -> None:
         """Raises Stopped where any process has received a signal: in all, at the same step."""
@@ -203,19 +204,24 @@ class SignalWatch:
             yield from itertools.islice(iterator, 1)
 
 
+def signals() -> list[int]:
+    """The numbers of SIGNALS that this system has."""
+    return [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+
+
 @contextmanager
 def watch() -> Iterator[SignalWatch]:
     """A SignalWatch that receives SIGNALS, but those that are ignored (nohup) or, outside the main
     thread, none."""
-    signals, before = SignalWatch(), {}
-    for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+    watching, before = SignalWatch(), {}
+    for number in signals():
         if signal.getsignal(number) is not signal.SIG_IGN:
             try:
-                before[number] = signal.signal(number, signals.receive)
+                before[number] = signal.signal(number, watching.receive)
             except ValueError:  # not the main thread
                 break
     try:
-        yield signals
+        yield watching
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that is not Python's

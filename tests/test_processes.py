@@ -1,12 +1,14 @@
 """One run in several processes, and runs that a signal ends: the same steps as one that is not."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import inference
 import prepare_data
 import train_sam3_lora
 from sam3_lora import processes
-from sam3_lora.loader import epoch_batches, share_steps
+from sam3_lora.loader import build_loader, epoch_batches, share_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = {"it_per_s", "img_per_s", "memory_gb", "memory_percent"}
@@ -333,6 +335,20 @@ class TestSignals:
         finally:
             signal.signal(signal.SIGHUP, before)
 
+    def test_a_terminal_that_is_gone_does_not_keep_a_run_from_its_end(self, tmp_path):
+        def stopped(_: int) -> int:
+            reader, writer = os.pipe()
+            os.close(reader)
+            before = os.dup(2)
+            os.dup2(writer, 2)  # writing to it fails
+            with processes.watch() as watching:
+                os.kill(os.getpid(), signal.SIGHUP)
+                os.dup2(before, 2)
+                watching.check()
+
+        ((code, text),) = fork(stopped, tmp_path / "a")
+        assert text.splitlines()[-1] == f"sam3_lora.processes.Stopped: {128 + signal.SIGHUP}"
+
     def test_a_killed_loader_process_ends_the_run_in_order(self, train_args, tmp_path):
         def killed(_: int) -> int:
             original = train_sam3_lora.log_steps
@@ -356,3 +372,61 @@ class TestSignals:
         assert lines[-1].startswith("error: expected 1 processes that load images")
         assert "to go on: python" in lines[-2]
         assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+ITEM = {"image_id": 7, "original_size": (1, 1), "texts": [], "category_ids": [], "targets": []}
+
+
+class Slow:
+    """Items without prompts, each in a fifth of a second."""
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        time.sleep(0.2)
+        return ITEM | {"image_id": key[1]}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_ends_no_process_that_loads_images(number):
+    ids: list[int] = []
+    for batch in build_loader(Slow(), [[(0, i)] for i in range(6)], num_workers=1):
+        ids += batch["image_ids"]
+        for child in multiprocessing.active_children() if len(ids) == 1 else ():
+            os.kill(child.pid, number)
+    assert ids == list(range(6))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks at /proc for the processes")
+def test_a_run_that_is_killed_leaves_no_process_that_loads_images(tmp_path):
+    def killed(_: int) -> int:
+        batches = iter(build_loader(Slow(), [[(0, i)] for i in range(99)], num_workers=2))
+        next(batches)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert fork(killed, tmp_path)[0][0] == -signal.SIGKILL
+    pids, until = [int(pid) for pid in (tmp_path / "0.out").read_text().split()], time.time() + 4
+    while any(map(is_alive, pids)) and time.time() < until:
+        time.sleep(0.1)
+    assert len(pids) == 2 and not any(map(is_alive, pids))
+
+
+@pytest.mark.scripts
+def test_images_are_loaded_however_processes_are_started():
+    """By a server too, Python's choice from 3.14 on: it is not the training process's child."""
+    data = dict.fromkeys([(0, 0), (0, 1)], ITEM)
+    code = "import multiprocessing; multiprocessing.set_start_method('forkserver'); "
+    code += "from sam3_lora.loader import build_loader; "
+    code += f"loader = build_loader({data}, [[(0, 0), (0, 1)]], 1); "
+    code += "print([batch['image_ids'] for batch in loader])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.stdout == "[[7, 7]]\n", done.stderr
