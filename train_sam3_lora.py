@@ -445,18 +445,18 @@ def train(run: Run) -> None:
 
 def train_or_save(run: Run) -> None:
     """Trains; a run that a signal or the data ends is saved as it stands, and says how to go on."""
-    try:
-        with processes.watch() as run.signals:
+    with processes.watch() as run.signals:
+        try:
             train(run)
-    except (processes.Stopped, *BETWEEN_STEPS) as error:
-        # A process that is alone with its error cannot save: the others know nothing of it.
-        together = isinstance(error, processes.Stopped) or processes.count() == 1
-        if run.at.step and together:
-            save_now(run)
-        if checkpoint.checkpoints(run.folder):
-            command = processes.resume_command(__file__, run.folder / "config.yaml")
-            log.warning("stopped at step %d; to go on: %s", run.at.step, command)
-        raise
+        except (processes.Stopped, *BETWEEN_STEPS) as error:
+            # A process that is alone with its error cannot save: the others know nothing of it.
+            together = isinstance(error, processes.Stopped) or processes.count() == 1
+            if run.at.step and together:
+                save_now(run)
+            if checkpoint.checkpoints(run.folder):
+                command = processes.resume_command(__file__, run.folder / "config.yaml")
+                log.warning("stopped at step %d; to go on: %s", run.at.step, command)
+            raise
 
 
 @user_errors(*ERRORS)

@@ -197,6 +197,24 @@ class TestSeveral:
         assert "--resume" in line
         assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
 
+    def test_a_second_signal_does_not_keep_them_from_saving(self, train_args, tmp_path):
+        """As of a scheduler and torchrun, which both send one."""
+
+        def stopped(_: int) -> int:
+            for name in ("end_step", "save_now"):
+                original = getattr(train_sam3_lora, name)
+
+                def signalled(run, original=original):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    original(run)
+
+                setattr(train_sam3_lora, name, signalled)
+            return train_sam3_lora.main(train_args(tmp_path / "run", "--batch_size", "2"))
+
+        results = fork(stopped, tmp_path / "a", 2)
+        assert [code for code, _ in results] == [143, 143], results
+        assert (tmp_path / "run/checkpoint-1").is_dir()
+
     def test_torchrun_starts_them_and_tells_the_first_error(self, train_args, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
         command += ["--master_port", str(free_port()), str(ROOT / "train_sam3_lora.py")]
