@@ -83,8 +83,9 @@ def joined() -> Iterator[None]:
     if count() == 1:
         yield
         return
-    # Numbers of the host go over gloo, so that no GPU is waited for.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Numbers of the host go over gloo, so that no GPU is waited for. Windows has no NCCL.
+    with_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if with_nccl else "gloo"
     try:
         dist.init_process_group(backend)
     except (RuntimeError, ValueError) as error:
@@ -111,7 +112,11 @@ def _talk() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, by rank; a value is what pickle takes."""
+    """Every process's value, by rank; a value is what pickle takes.
+
+    Raises:
+        ProcessError: one of them has ended; so do all below that wait for the others.
+    """
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
@@ -186,7 +191,7 @@ class SignalWatch:
                 os.write(2, text.encode())  # it may have interrupted a write to sys.stderr
 
     def check(self) -> None:
-        """Raises Stopped where any process has received a signal: in all, at the same step."""
+        """Raises Stopped where any process has received a signal: in all, at the same moment."""
         for number in gather(self.received):
             if number is not None:
                 raise Stopped(128 + number)

@@ -61,6 +61,22 @@ def test_the_command_to_go_on_is_that_of_the_start(monkeypatch):
     assert processes.resume_command(*words) == f"torchrun --nproc_per_node 2 {rest}"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "nccl", "backend"),
+    [(True, True, "cpu:gloo,cuda:nccl"), (True, False, "gloo"), (False, True, "gloo")],
+)
+def test_processes_are_connected_by_what_there_is(monkeypatch, gpu, nccl, backend):
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("end"))
+    with processes.joined():
+        assert calls == [backend]
+    assert calls == [backend, "end"]
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -133,7 +149,7 @@ def assert_same_run(one: Path, two: Path, tolerance: float = 0.0) -> None:
     assert [r.keys() for r in rows] == [r.keys() for r in others]
     for row, other in zip(rows, others, strict=True):
         for name in row.keys() - TIMED:
-            assert row[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
+            assert_close(row[name], other[name], tolerance, tolerance)
     for name in ("best_model", "last_model"):
         mine, theirs = (
             torch.load(run / name / "lora_weights.pt", weights_only=True)["lora"]
@@ -179,6 +195,16 @@ class TestSeveral:
         results = fork(lambda _: train_sam3_lora.main(rest), tmp_path / "c", second)
         assert [code for code, _ in results] == [0] * second, results
         assert_same_run(whole, cut, tolerance=1e-5)
+
+    def test_fewer_validation_images_than_processes(self, train_args, data_dir, tmp_path):
+        val = ["--val_data_path", str(data_dir / "val"), "--max_val_images", "1"]
+        one, three = tmp_path / "one", tmp_path / "three"
+        args = train_args(one, *val, "--num_epochs", "1", "--batch_size", "6")
+        assert fork(lambda _: train_sam3_lora.main(args), tmp_path / "a")[0][0] == 0
+        args = train_args(three, *val, "--num_epochs", "1", "--batch_size", "2")
+        results = fork(lambda _: train_sam3_lora.main(args), tmp_path / "b", 3)
+        assert [code for code, _ in results] == [0] * 3, results
+        assert_same_run(one, three, tolerance=1e-5)
 
     def test_a_killed_process_ends_the_others(self, train_args, tmp_path):
         run = tmp_path / "run"
@@ -262,18 +288,18 @@ class TestSeveral:
         assert lines == [5, 5]
 
 
-def assert_close(one, two) -> None:
+def assert_close(one, two, relative: float = 1e-9, absolute: float = 1e-12) -> None:
     """Equal JSON, numbers to rounding."""
     if isinstance(one, dict):
         assert one.keys() == two.keys()
         for key in one:
-            assert_close(one[key], two[key])
+            assert_close(one[key], two[key], relative, absolute)
     elif isinstance(one, list):
         assert len(one) == len(two)
         for left, right in zip(one, two, strict=True):
-            assert_close(left, right)
+            assert_close(left, right, relative, absolute)
     elif isinstance(one, float):
-        assert one == pytest.approx(two, rel=1e-9, abs=1e-12)
+        assert one == pytest.approx(two, rel=relative, abs=absolute)
     else:
         assert one == two
 
