@@ -240,6 +240,7 @@ def open_folder(run: Run, output: OutputSection) -> None:
         run.folder,
         run.at.step,
         evaluated=run.at.evaluated == run.at.step,
+        logged=not run.at.records,
         tensorboard=output.tensorboard,
         wandb=output.wandb,
         settings=plain_config(run.config),
@@ -256,15 +257,14 @@ def to_training(run: Run) -> None:
 def describe_run(run: Run) -> None:
     """Logs what is trained, on what, and what the data does not allow."""
     log.info("adapters:\n%s", lora_table(run.forward.model))
-    items = (
-        f"{len(run.train_set)} images or tiles, {len(run.train_set.split.categories)} categories"
-    )
+    split = run.train_set.split
+    items = f"{len(run.train_set)} images or tiles, {len(split.categories)} categories"
     log.info("%s, %s%s", items, run.plan, f", from {run.cache}" if run.cache else "")
     if run.forward.compiled:
         log.info("compiling: minutes at the first step, and at each new size of a batch")
     if run.val_set is None:
         log.warning("no validation split: the last adapter will be the best_model")
-    if not any(run.train_set.split.annotations.values()):
+    if not any(split.annotations.values()):
         log.warning("the training split has no object: every prompt is trained as absent")
     elif not run.forward.masks:
         log.warning("the training split has no masks: training on boxes, without the mask loss")
@@ -445,20 +445,20 @@ def train(run: Run) -> None:
 
 def train_or_save(run: Run) -> None:
     """Trains; a run that a signal or the data ends is saved as it stands, and says how to go on."""
-    try:
-        with processes.watch() as run.signals:
+    with processes.watch() as run.signals:
+        try:
             train(run)
-    except (processes.Stopped, *BETWEEN_STEPS) as error:
-        # A process that is alone with its error cannot save: the others know nothing of it.
-        if run.at.step and (isinstance(error, processes.Stopped) or processes.count() == 1):
-            save_now(run)
-        if checkpoint.checkpoints(run.folder):
-            command = processes.resume_command(__file__, run.folder / "config.yaml")
-            log.warning("stopped at step %d; to go on: %s", run.at.step, command)
-        raise
-    finally:
-        if run.runlog:
-            run.runlog.close()
+        except (processes.Stopped, *BETWEEN_STEPS) as error:
+            # A process that is alone with its error cannot save: the others know nothing of it.
+            if run.at.step and (isinstance(error, processes.Stopped) or processes.count() == 1):
+                save_now(run)
+            if checkpoint.checkpoints(run.folder):
+                command = processes.resume_command(__file__, run.folder / "config.yaml")
+                log.warning("stopped at step %d; to go on: %s", run.at.step, command)
+            raise
+        finally:
+            if run.runlog:
+                run.runlog.close()
 
 
 @user_errors(*ERRORS)

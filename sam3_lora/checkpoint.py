@@ -306,14 +306,13 @@ def save_checkpoint(
         discard(place)  # a kill left it
     scratch = run_dir / f".checkpoint-{step}.tmp"
     try:
-        # Saved again at the same step only the state differs: an evaluation may have come between.
-        if folder.exists():
-            _write(content, folder / STATE_FILE)
-            return folder
-        save_adapter(scratch / ADAPTER_FILE, **adapter)
-        _write(content, scratch / STATE_FILE)
-        os.replace(scratch, folder)
-        sync(run_dir)
+        # Saved again at a step, the tensors are the same: an evaluation may have come between.
+        target = folder if folder.exists() else scratch
+        save_adapter(target / ADAPTER_FILE, **adapter)
+        _write(content, target / STATE_FILE)
+        if target == scratch:
+            os.replace(scratch, folder)
+            sync(run_dir)
     except OSError as error:
         found = checkpoints(run_dir)
         go_on = f"; then --resume goes on from {found[-1]}" if found else ""

@@ -2,7 +2,7 @@
 
 rows of an image -> best detections over all prompts -> masks of those alone -> RLE
 
-Also what the scripts that run a trained model share: which base, loading it, writing files.
+Also what the scripts that run a trained model share: which base, and loading it.
 """
 
 from __future__ import annotations

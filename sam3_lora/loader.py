@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,16 +225,15 @@ def _as_it_is(packed: Any) -> Any:
     return packed
 
 
-def _end_with_parent(worker: int) -> None:
-    """Ends a worker, in which it runs, with the training process and not before: terminals and
-    schedulers send their signals to all processes, and the training one finishes its step.
+def _begin_worker(worker: int) -> None:
+    """Has a worker, in which it runs, end when the training process does, and not before: a signal
+    to their group (Ctrl-C, torchrun, a scheduler) is for that one, which finishes its step.
 
     Torch's own watch of the parent waits forever where the pipe is full.
     """
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     def linger(number: int, frame: Any) -> None:
@@ -243,11 +241,9 @@ def _end_with_parent(worker: int) -> None:
         timer.daemon = True
         timer.start()
 
-    parent = multiprocessing.parent_process().pid
     threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGTERM, linger)
-    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in processes.signals():
+        signal.signal(number, linger if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 class Batches:
@@ -341,7 +337,7 @@ def build_loader(
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=_begin_worker,
         # Of its own: a draw from the global one would change dropout after a resume.
         generator=torch.Generator().manual_seed(0),
     )

@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,8 +83,9 @@ def joined() -> Iterator[None]:
     if count() == 1:
         yield
         return
-    # Numbers of the host go over gloo, so that no GPU is waited for.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Numbers of the host go over gloo, so that no GPU is waited for. Windows has no NCCL.
+    with_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if with_nccl else "gloo"
     try:
         dist.init_process_group(backend)
     except (RuntimeError, ValueError) as error:
@@ -111,7 +112,11 @@ def _talk() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, by rank; a value is what pickle takes."""
+    """Every process's value, by rank; a value is what pickle takes.
+
+    Raises:
+        ProcessError: one of them has ended; so do all below that wait for the others.
+    """
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
@@ -182,10 +187,11 @@ class SignalWatch:
         if is_main():
             name = signal.Signals(number).name
             text = f"\n{name}: this step is finished and saved; a second one ends the run at once\n"
-            os.write(2, text.encode())  # a handler may have interrupted a write to sys.stderr
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, text.encode())  # it may have interrupted a write to sys.stderr
 
     def check(self) -> None:
-        """Raises Stopped where any process has received a signal: in all, at the same step."""
+        """Raises Stopped where any process has received a signal: in all, at the same moment."""
         for number in gather(self.received):
             if number is not None:
                 raise Stopped(128 + number)
@@ -203,19 +209,24 @@ class SignalWatch:
             yield from itertools.islice(iterator, 1)
 
 
+def signals() -> list[int]:
+    """The numbers of SIGNALS that this system has."""
+    return [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+
+
 @contextmanager
 def watch() -> Iterator[SignalWatch]:
     """A SignalWatch that receives SIGNALS, but those that are ignored (nohup) or, outside the main
     thread, none."""
-    signals, before = SignalWatch(), {}
-    for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+    watching, before = SignalWatch(), {}
+    for number in signals():
         if signal.getsignal(number) is not signal.SIG_IGN:
             try:
-                before[number] = signal.signal(number, signals.receive)
+                before[number] = signal.signal(number, watching.receive)
             except ValueError:  # not the main thread
                 break
     try:
-        yield signals
+        yield watching
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that is not Python's

@@ -20,6 +20,7 @@ import os
 import secrets
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,8 @@ class RunLog:
         folder: of the run.
         step: rows after it are dropped: a resumed run makes them again.
         evaluated: whether this step's validation was done; if not, its row is dropped too.
+        logged: whether this step's own row was due; if not, its row, as of a run that stopped
+            early, is dropped too.
         tensorboard, wandb: whether figures also go there, see `check_packages`.
         settings: the run's, plain values, for Weights & Biases.
 
@@ -204,19 +207,25 @@ class RunLog:
         step: int = 0,
         *,
         evaluated: bool = True,
+        logged: bool = True,
         tensorboard: bool = False,
         wandb: bool = False,
         settings: dict[str, Any] | None = None,
     ) -> None:
         self.folder = folder
-        self.rows = _kept_rows(folder / LOG_FILE, step, evaluated)
+        rows = _read_rows(folder / LOG_FILE)
+        here = [row for row in rows if row["step"] == step]
+        stay = [row for row in here if (evaluated if "val" in row else logged)]
+        self.rows = [row for row in rows if row["step"] < step] + stay
         write_text(folder / LOG_FILE, "".join(map(_line, self.rows)))
         self._write_table()
         self._events = self._wandb = None
         if tensorboard:
             writer = importlib.import_module(PACKAGES["tensorboard"]).SummaryWriter
             # TensorBoard then hides what an interrupted run wrote of the steps to come.
-            self._events = writer(str(folder), purge_step=step + 1 if step else None)
+            self._events = writer(str(folder), purge_step=step + (stay == here) if step else None)
+            for row in stay if stay != here else ():  # which is hidden too
+                self._add_events(row)
         if wandb:
             self._wandb = _open_wandb(folder, settings)
 
@@ -229,12 +238,10 @@ class RunLog:
             _append(self.folder / TABLE_FILE, self._table([row]))
         else:
             self._write_table()
-        known = {name: value for name, value in figures.items() if value is not None}
         if self._events:
-            for name, value in known.items():
-                self._events.add_scalar(name, value, row["step"])
-            self._events.flush()
+            self._add_events(row)
         if self._wandb:
+            known = {name: value for name, value in figures.items() if value is not None}
             self._wandb.log({"step": row["step"], **known})
 
     def show(self, step: int, panel: np.ndarray | None = None) -> None:
@@ -259,6 +266,13 @@ class RunLog:
         if self._wandb:
             self._wandb.finish()
 
+    def _add_events(self, row: dict[str, Any]) -> None:
+        """Tells TensorBoard the figures of a row."""
+        for name, value in flat_figures(row).items():
+            if value is not None:
+                self._events.add_scalar(name, value, row["step"])
+        self._events.flush()
+
     def _write_table(self) -> None:
         """Writes the whole table: columns are added on the right as figures first come up."""
         names = (name for row in self.rows for name in flat_figures(row))
@@ -274,17 +288,12 @@ class RunLog:
         return text.getvalue()
 
 
-def _kept_rows(path: Path, step: int, evaluated: bool) -> list[dict[str, Any]]:
-    """The rows of log.jsonl up to a step, but a last one that a kill left half-written."""
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of log.jsonl, but a last one that a kill left half-written."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        again = "val" in row and not evaluated
-        if row["step"] < step or (row["step"] == step and not again):
-            rows.append(row)
+        with suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 

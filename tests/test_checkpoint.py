@@ -483,5 +483,7 @@ def test_a_checkpoint_saved_again_is_never_absent(trained, tmp_path, monkeypatch
             save_checkpoint(tmp_path, 10, {"figure": [0.6]}, adapter_of(trained))
     assert steps_of(checkpoints(tmp_path)) == [10]
     assert read_checkpoint(tmp_path / "checkpoint-10")["figure"] == [0.5]
-    save_checkpoint(tmp_path, 10, {"figure": [0.6]}, adapter_of(trained))
+    adapter = adapter_of(trained) | {"metrics": {"ap": 0.6}}
+    save_checkpoint(tmp_path, 10, {"figure": [0.6]}, adapter)
     assert read_checkpoint(tmp_path / "checkpoint-10")["figure"] == [0.6]
+    assert read_adapter(tmp_path / "checkpoint-10")["metrics"] == {"ap": 0.6}

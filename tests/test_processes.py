@@ -1,6 +1,7 @@
 """One run in several processes, and runs that a signal ends: the same steps as one that is not."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import inference
 import prepare_data
 import train_sam3_lora
 from sam3_lora import processes
-from sam3_lora.loader import epoch_batches, share_steps
+from sam3_lora.loader import build_loader, epoch_batches, share_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = {"it_per_s", "img_per_s", "memory_gb", "memory_percent"}
@@ -58,6 +59,22 @@ def test_the_command_to_go_on_is_that_of_the_start(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert processes.resume_command(*words) == f"torchrun --nproc_per_node 2 {rest}"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "nccl", "backend"),
+    [(True, True, "cpu:gloo,cuda:nccl"), (True, False, "gloo"), (False, True, "gloo")],
+)
+def test_processes_are_connected_by_what_there_is(monkeypatch, gpu, nccl, backend):
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("end"))
+    with processes.joined():
+        assert calls == [backend]
+    assert calls == [backend, "end"]
 
 
 def free_port() -> int:
@@ -132,7 +149,7 @@ def assert_same_run(one: Path, two: Path, tolerance: float = 0.0) -> None:
     assert [r.keys() for r in rows] == [r.keys() for r in others]
     for row, other in zip(rows, others, strict=True):
         for name in row.keys() - TIMED:
-            assert row[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
+            assert_close(row[name], other[name], tolerance, tolerance)
     for name in ("best_model", "last_model"):
         mine, theirs = (
             torch.load(run / name / "lora_weights.pt", weights_only=True)["lora"]
@@ -179,6 +196,16 @@ class TestSeveral:
         assert [code for code, _ in results] == [0] * second, results
         assert_same_run(whole, cut, tolerance=1e-5)
 
+    def test_fewer_validation_images_than_processes(self, train_args, data_dir, tmp_path):
+        val = ["--val_data_path", str(data_dir / "val"), "--max_val_images", "1"]
+        one, three = tmp_path / "one", tmp_path / "three"
+        args = train_args(one, *val, "--num_epochs", "1", "--batch_size", "6")
+        assert fork(lambda _: train_sam3_lora.main(args), tmp_path / "a")[0][0] == 0
+        args = train_args(three, *val, "--num_epochs", "1", "--batch_size", "2")
+        results = fork(lambda _: train_sam3_lora.main(args), tmp_path / "b", 3)
+        assert [code for code, _ in results] == [0] * 3, results
+        assert_same_run(one, three, tolerance=1e-5)
+
     def test_a_killed_process_ends_the_others(self, train_args, tmp_path):
         run = tmp_path / "run"
 
@@ -195,6 +222,24 @@ class TestSeveral:
         assert line.startswith("error: process 0: expected an answer from all 2 processes")
         assert "--resume" in line
         assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
+
+    def test_a_second_signal_does_not_keep_them_from_saving(self, train_args, tmp_path):
+        """As of a scheduler and torchrun, which both send one."""
+
+        def stopped(_: int) -> int:
+            for name in ("end_step", "save_now"):
+                original = getattr(train_sam3_lora, name)
+
+                def signalled(run, original=original):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    original(run)
+
+                setattr(train_sam3_lora, name, signalled)
+            return train_sam3_lora.main(train_args(tmp_path / "run", "--batch_size", "2"))
+
+        results = fork(stopped, tmp_path / "a", 2)
+        assert [code for code, _ in results] == [143, 143], results
+        assert (tmp_path / "run/checkpoint-1").is_dir()
 
     def test_torchrun_starts_them_and_tells_the_first_error(self, train_args, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -243,18 +288,18 @@ class TestSeveral:
         assert lines == [5, 5]
 
 
-def assert_close(one, two) -> None:
+def assert_close(one, two, relative: float = 1e-9, absolute: float = 1e-12) -> None:
     """Equal JSON, numbers to rounding."""
     if isinstance(one, dict):
         assert one.keys() == two.keys()
         for key in one:
-            assert_close(one[key], two[key])
+            assert_close(one[key], two[key], relative, absolute)
     elif isinstance(one, list):
         assert len(one) == len(two)
         for left, right in zip(one, two, strict=True):
-            assert_close(left, right)
+            assert_close(left, right, relative, absolute)
     elif isinstance(one, float):
-        assert one == pytest.approx(two, rel=1e-9, abs=1e-12)
+        assert one == pytest.approx(two, rel=relative, abs=absolute)
     else:
         assert one == two
 
@@ -355,6 +400,20 @@ class TestSignals:
         finally:
             signal.signal(signal.SIGHUP, before)
 
+    def test_a_terminal_that_is_gone_does_not_keep_a_run_from_its_end(self, tmp_path):
+        def stopped(_: int) -> int:
+            reader, writer = os.pipe()
+            os.close(reader)
+            before = os.dup(2)
+            os.dup2(writer, 2)  # writing to it fails
+            with processes.watch() as watching:
+                os.kill(os.getpid(), signal.SIGHUP)
+                os.dup2(before, 2)
+                watching.check()
+
+        ((code, text),) = fork(stopped, tmp_path / "a")
+        assert text.splitlines()[-1] == f"sam3_lora.processes.Stopped: {128 + signal.SIGHUP}"
+
     def test_a_killed_loader_process_ends_the_run_in_order(self, train_args, tmp_path):
         def killed(_: int) -> int:
             original = train_sam3_lora.log_steps
@@ -378,3 +437,61 @@ class TestSignals:
         assert lines[-1].startswith("error: expected 1 processes that load images")
         assert "to go on: python" in lines[-2]
         assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+ITEM = {"image_id": 7, "original_size": (1, 1), "texts": [], "category_ids": [], "targets": []}
+
+
+class Slow:
+    """Items without prompts, each in a fifth of a second."""
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        time.sleep(0.2)
+        return ITEM | {"image_id": key[1]}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_ends_no_process_that_loads_images(number):
+    ids: list[int] = []
+    for batch in build_loader(Slow(), [[(0, i)] for i in range(6)], num_workers=1):
+        ids += batch["image_ids"]
+        for child in multiprocessing.active_children() if len(ids) == 1 else ():
+            os.kill(child.pid, number)
+    assert ids == list(range(6))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks at /proc for the processes")
+def test_a_run_that_is_killed_leaves_no_process_that_loads_images(tmp_path):
+    def killed(_: int) -> int:
+        batches = iter(build_loader(Slow(), [[(0, i)] for i in range(99)], num_workers=2))
+        next(batches)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert fork(killed, tmp_path)[0][0] == -signal.SIGKILL
+    pids, until = [int(pid) for pid in (tmp_path / "0.out").read_text().split()], time.time() + 4
+    while any(map(is_alive, pids)) and time.time() < until:
+        time.sleep(0.1)
+    assert len(pids) == 2 and not any(map(is_alive, pids))
+
+
+@pytest.mark.scripts
+def test_images_are_loaded_however_processes_are_started():
+    """By a server too, Python's choice from 3.14 on: it is not the training process's child."""
+    data = dict.fromkeys([(0, 0), (0, 1)], ITEM)
+    code = "import multiprocessing; multiprocessing.set_start_method('forkserver'); "
+    code += "from sam3_lora.loader import build_loader; "
+    code += f"loader = build_loader({data}, [[(0, 0), (0, 1)]], 1); "
+    code += "print([batch['image_ids'] for batch in loader])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.stdout == "[[7, 7]]\n", done.stderr

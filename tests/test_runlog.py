@@ -96,15 +96,18 @@ def test_the_table_holds_what_the_log_holds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "evaluated", "kept"),
-    [(3, True, 4), (2, True, 3), (2, False, 2), (1, False, 1), (0, False, 0)],
+    ("step", "evaluated", "logged", "kept"),
+    [
+        *((3, True, True, 4), (2, True, True, 3), (2, False, True, 2), (1, False, True, 1)),
+        *((3, True, False, 3), (1, False, False, 0), (0, False, True, 0)),
+    ],
 )
-def test_what_comes_after_a_checkpoint_is_cut(tmp_path, step, evaluated, kept):
+def test_what_comes_after_a_checkpoint_is_cut(tmp_path, step, evaluated, logged, kept):
     fill(tmp_path, ROWS)
     for name in ("log.jsonl", "metrics.csv"):  # as a kill may leave them
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text + text.splitlines()[-1][:9])
-    RunLog(tmp_path, step, evaluated=evaluated)
+    RunLog(tmp_path, step, evaluated=evaluated, logged=logged)
     assert read_rows(tmp_path) == ROWS[:kept]
     assert read_table(tmp_path) == named(ROWS[:kept])
     assert (tmp_path / "metrics.csv").read_text().endswith("\n")
@@ -164,6 +167,29 @@ def test_tensorboard_shows_no_step_twice(tmp_path):
     again = [{"step": 3, "loss": 7.0}, {"step": 4, "loss": 6.0}]
     fill(tmp_path, again, step=2, tensorboard=True).close()
     assert read_events(tmp_path)[0]["train/loss"] == logged([*ROWS[:2], *again])["train/loss"]
+
+
+@pytest.mark.scripts
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_tensorboard_shows_no_row_of_the_same_step_twice(tmp_path, evaluated):
+    """Resumed at step 2, whose validation, or else own row, is made again."""
+    pytest.importorskip("tensorboard")
+    fill(tmp_path, ROWS, tensorboard=True).close()
+    lost = [ROWS[1] if evaluated else ROWS[2]]
+    options = {"step": 2, "evaluated": evaluated, "logged": not evaluated}
+    fill(tmp_path, lost, **options, tensorboard=True).close()
+    scalars, expected = read_events(tmp_path)[0], logged(ROWS[:3])
+    assert {name: sorted(values) for name, values in scalars.items()} == expected
+
+
+@pytest.mark.scripts
+def test_tensorboard_keeps_the_panel_of_the_step_that_a_run_goes_on_from(tmp_path):
+    pytest.importorskip("tensorboard")
+    log = fill(tmp_path, [ROWS[0], ROWS[2]], tensorboard=True)
+    log.show(2, np.zeros((20, 30, 3), np.uint8))
+    log.close()
+    fill(tmp_path, [ROWS[3]], step=2, logged=False, tensorboard=True).close()
+    assert read_events(tmp_path) == (logged([ROWS[0], *ROWS[2:]]), [(2, 30, 20)])
 
 
 # Weights & Biases ---------------------------------------------------------------------------------
@@ -330,16 +356,12 @@ def scripted(monkeypatch):
 def test_an_early_stop_is_exact_and_stays(train, scripted, tmp_path, caplog):
     """AP rises at step 2 only; of patience 2 the run ends at step 4, in the midst of an epoch."""
     run = tmp_path / "run"
-    flags = (
-        "--max_steps",
-        "7",
-        "--eval_steps",
-        "1",
-        "--save_steps",
-        "1",
-        "--save_total_limit",
-        "9",
-    )
+    flags = ["--max_steps", "7", "--eval_steps", "1", "--save_steps", "1"]
+    flags += ["--save_total_limit", "9", "--logging_steps", "3"]
+
+    def logged() -> list[int]:
+        return [row["step"] for row in read_rows(run) if "val" not in row]
+
     scripted(0.1, 0.2, 0.1, 0.15)
     assert train(run, *flags, "--early_stopping_patience", "2") == 0
     assert "stopped early at step 4: 2 evaluations without a better ap" in caplog.text
@@ -360,10 +382,11 @@ def test_an_early_stop_is_exact_and_stays(train, scripted, tmp_path, caplog):
     caplog.clear()
     assert train(run, *flags, "--early_stopping_patience", "2", "--resume") == 0
     assert "at step 4 of 7; it stopped early: raise --early_stopping_patience" in caplog.text
-    assert adapter_of(run)["step"] == 4
+    assert adapter_of(run)["step"] == 4 and logged() == [3, 4]
     scripted(0.15)
     assert train(run, *flags, "--early_stopping_patience", "3", "--resume") == 0
     assert adapter_of(run)["step"] == 5
+    assert logged() == [3, 5]
     # A checkpoint from before there was a count.
     state = torch.load(run / "checkpoint-5" / "training_state.pt", weights_only=True)
     assert state.pop("stale") == 3
@@ -372,6 +395,7 @@ def test_an_early_stop_is_exact_and_stays(train, scripted, tmp_path, caplog):
     assert train(run, *flags, "--early_stopping_patience", "3", "--resume") == 0
     assert adapter_of(run)["step"] == 7
     assert [row["step"] for row in read_rows(run) if "val" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert logged() == [3, 6, 7]
 
 
 @pytest.mark.scripts
