@@ -186,7 +186,8 @@ class SignalWatch:
         self.received = self.received or number
         if is_main():
             name = signal.Signals(number).name
-            text = f"\n{name}: this step is finished and saved; a second one ends the run at once\n"
+            more = "; a second one ends the run at once" if count() == 1 else ""
+            text = f"\n{name}: this step is finished and saved{more}\n"
             with suppress(OSError):  # of a terminal that is gone
                 os.write(2, text.encode())  # it may have interrupted a write to sys.stderr
 

@@ -239,6 +239,7 @@ class TestSeveral:
 
         results = fork(stopped, tmp_path / "a", 2)
         assert [code for code, _ in results] == [143, 143], results
+        assert "finished and saved\n" in results[0][1]
         assert (tmp_path / "run/checkpoint-1").is_dir()
 
     def test_torchrun_starts_them_and_tells_the_first_error(self, train_args, tmp_path):
