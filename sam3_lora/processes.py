@@ -69,8 +69,9 @@ def resume_command(script: str, config: Path) -> str:
     launch = "python"
     if count() > 1:
         launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', count())}"
-    words = [os.path.relpath(script), "--config", str(config), "--resume"]
-    return f"{launch} {shlex.join(words)}"
+    with suppress(ValueError):  # on another drive of Windows there is no way from here
+        script = os.path.relpath(script)
+    return f"{launch} {shlex.join([script, '--config', str(config), '--resume'])}"
 
 
 @contextmanager

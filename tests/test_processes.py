@@ -61,6 +61,15 @@ def test_the_command_to_go_on_is_that_of_the_start(monkeypatch):
     assert processes.resume_command(*words) == f"torchrun --nproc_per_node 2 {rest}"
 
 
+def test_the_command_names_a_script_on_another_drive_in_full(monkeypatch):
+    def relpath(path: str) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", relpath)
+    found = processes.resume_command("/d/train.py", Path("config.yaml"))
+    assert found == "python /d/train.py --config config.yaml --resume"
+
+
 @pytest.mark.parametrize(
     ("gpu", "nccl", "backend"),
     [(True, True, "cpu:gloo,cuda:nccl"), (True, False, "gloo"), (False, True, "gloo")],
