@@ -246,7 +246,7 @@ PROMPTS = [
     on_image("prompt empty", "--text_prompt ''", "expected words, found an empty text"),
     on_image("prompt of spaces", "--text_prompt ' \t\n '", "found an empty text"),
     on_image("no prompt", "", "expected --text_prompt or --bboxes, found neither"),
-    on_image("prompt of half a character", "--text_prompt 'a\udcffb'", "printable"),
+    on_image("prompt of half a character", "--text_prompt 'a\udcffb'", "text in UTF-8"),
     *(
         on_image(f"{flag} {value}", f"--text_prompt car {flag} {value}", message)
         for flag, value, message in (
@@ -472,7 +472,7 @@ WRITES = [
         ),
         ("fraction tiny", f"{SPLIT} --fractions 0.999999,0.000001,0", "an image for each", None),
         ("seed negative", "demo --seed=-1 --output_dir {out}", "from 0, of 18 digits", None),
-        ("class of half a character", COCO + " --classes 'a\udcffb'", "names that differ", GOOD),
+        ("class of half a character", COCO + " --classes 'a\udcffb'", "text in UTF-8", GOOD),
         ("output over its source", "coco --coco_json {folder}/train/a.json --images_dir "
             "{folder}/train --output_dir {folder}", "apart from --coco_json", None),
         ("output in its source", "yolo --yolo_dir {folder}/in --output_dir {folder}/in/a",
