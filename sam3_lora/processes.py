@@ -69,8 +69,9 @@ def resume_command(script: str, config: Path) -> str:
     launch = "python"
     if count() > 1:
         launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', count())}"
-    words = [os.path.relpath(script), "--config", str(config), "--resume"]
-    return f"{launch} {shlex.join(words)}"
+    with suppress(ValueError):  # on another drive of Windows there is no way from here
+        script = os.path.relpath(script)
+    return f"{launch} {shlex.join([script, '--config', str(config), '--resume'])}"
 
 
 @contextmanager
@@ -186,7 +187,8 @@ class SignalWatch:
         self.received = self.received or number
         if is_main():
             name = signal.Signals(number).name
-            text = f"\n{name}: this step is finished and saved; a second one ends the run at once\n"
+            more = "; a second one ends the run at once" if count() == 1 else ""
+            text = f"\n{name}: this step is finished and saved{more}\n"
             with suppress(OSError):  # of a terminal that is gone
                 os.write(2, text.encode())  # it may have interrupted a write to sys.stderr
 

@@ -61,6 +61,15 @@ def test_the_command_to_go_on_is_that_of_the_start(monkeypatch):
     assert processes.resume_command(*words) == f"torchrun --nproc_per_node 2 {rest}"
 
 
+def test_the_command_names_a_script_on_another_drive_in_full(monkeypatch):
+    def relpath(path: str) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", relpath)
+    found = processes.resume_command("/d/train.py", Path("config.yaml"))
+    assert found == "python /d/train.py --config config.yaml --resume"
+
+
 @pytest.mark.parametrize(
     ("gpu", "nccl", "backend"),
     [(True, True, "cpu:gloo,cuda:nccl"), (True, False, "gloo"), (False, True, "gloo")],
@@ -239,6 +248,7 @@ class TestSeveral:
 
         results = fork(stopped, tmp_path / "a", 2)
         assert [code for code, _ in results] == [143, 143], results
+        assert "finished and saved\n" in results[0][1]
         assert (tmp_path / "run/checkpoint-1").is_dir()
 
     def test_torchrun_starts_them_and_tells_the_first_error(self, train_args, tmp_path):
