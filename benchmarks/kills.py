@@ -99,6 +99,7 @@ class Trainer:
     def _work(self, arguments: list[str], log: Path) -> int:
         """In the new process: trains, and tells where it is; a session finds its workers again."""
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
         sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
         for stream in (1, 2):
             os.dup2(sys.stdout.fileno(), stream)
@@ -156,7 +157,11 @@ class Trainer:
 
 def temporary_files(folder: Path) -> list[Path]:
     """What is being written, or was when a kill came."""
-    return [*folder.glob(".*"), *folder.glob("*/.*")]
+    while True:
+        try:
+            return [*folder.glob(".*"), *folder.glob("*/.*")]
+        except FileNotFoundError:  # the run has just removed a folder: once more
+            continue
 
 
 def draw_data(folder: Path) -> None:
