@@ -477,7 +477,9 @@ def main(argv: list[str] | None = None) -> int:
             own = write_image(args, image_id, path, overlay, photo, found, prompts)
             rows += own
             counts = Counter(row["category_id"] for row in own)
-            texts = ", ".join(f"{t} {counts[i]}" for i, t in enumerate(prompts.texts, start=1))
+            texts = ", ".join(
+                f"{config.shorten(t)} {counts[i]}" for i, t in enumerate(prompts.texts, 1)
+            )
             print(f"{path.name}: {texts}, best score {best:.3f}, {overlay}", flush=True)
         everywhere = [row for part in processes.gather(rows) for row in part]
     if args.json and processes.is_main():

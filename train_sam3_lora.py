@@ -13,7 +13,7 @@ Writes to output_dir:
     best_model/lora_weights.pt   the adapter with the best validation figure (config.yaml beside it)
     last_model/lora_weights.pt   the adapter as the run ended
     checkpoint-<step>/           adapter, optimizer and random state, for --resume
-    config.yaml, train.log
+    config.yaml, train.log, run.lock (held while the run is alive)
     log.jsonl, metrics.csv       the figures of steps and validations
     curves.png                   the same, drawn anew at each validation
     val_panel.png                annotations beside detections, on 4 validation images at most
@@ -56,7 +56,7 @@ from sam3_lora.config import (
 from sam3_lora.dataset import PromptDataset
 from sam3_lora.evaluation import describe, evaluate_split, rank, validation_figures
 from sam3_lora.features import FeatureCache, FeatureError, cacheable_parts
-from sam3_lora.files import set_aside
+from sam3_lora.files import claim
 from sam3_lora.forward import Forward
 from sam3_lora.loader import LoaderError, Plan, build_loader, epoch_batches, share_steps
 from sam3_lora.losses import compute_losses, count_targets
@@ -225,7 +225,7 @@ def open_folder(run: Run, output: OutputSection) -> None:
     processes.wait()
     if not processes.is_main():
         return
-    moved = None if output.resume else set_aside(run.folder, output.overwrite)
+    moved = claim(run.folder, output.overwrite, output.resume)
     setup_logging(run.folder / "train.log")
     save_config(run.config, run.folder / "config.yaml")
     forward = run.forward
@@ -281,8 +281,7 @@ def resume(run: Run) -> None:
     parts = run.forward.model, run.optimizer, run.scaler
     state = checkpoint.restore(newest, *parts, rank=processes.rank())
     run.at.resume(state)
-    # Earlier checkpoints have none of these.
-    run.plan.images_per_step = state.get("images_per_step", run.plan.images_per_step)
+    run.plan.resume(state)
     run.skips.in_a_row, run.skips.total = state.get("skips", (0, 0))
     finished = "; it stopped early: raise --early_stopping_patience" if run.at.stopped else ""
     if run.at.step >= run.plan.total_steps:
@@ -347,10 +346,10 @@ def save_now(run: Run) -> None:
     """Writes a checkpoint and removes those beyond the limit."""
     state = {
         **run.at.state(),
+        **run.plan.state(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "skips": (run.skips.in_a_row, run.skips.total),
-        "images_per_step": run.plan.images_per_step,
         "rng": processes.gather(checkpoint.rng_state()),
     }
     if not run.runlog:

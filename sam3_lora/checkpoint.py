@@ -403,7 +403,8 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
     if resume and not checkpoints(folder):
         raise FileNotFoundError(
-            f"--resume: expected checkpoint-<step>/ in {folder}, found none; drop it"
+            f"--resume: expected checkpoint-<step>/ in {folder}, found none; name the run's folder "
+            "with --output_dir, or drop it to begin anew"
         )
     check_writable(folder, "--output_dir")
     if is_run(folder) and not resume:

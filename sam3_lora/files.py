@@ -15,6 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such module
+    fcntl = None
+
+LOCK_FILE = "run.lock"
+# Locked, each until this process ends.
+_held: list[Any] = []
+
 
 @contextmanager
 def telling(path: Path) -> Iterator[None]:
@@ -126,6 +135,44 @@ def set_aside(place: Path, replace: bool = False) -> Path | None:
         number += 1
     os.replace(place, target)
     return target
+
+
+def claim(run_dir: Path, replace: bool, resume: bool) -> Path | None:
+    """Takes a run's folder for this process, until it ends, however it ends.
+
+    Args:
+        run_dir: of the run; made where it is not there.
+        replace, resume: an earlier run there is removed, or gone on with; else it is set aside.
+
+    Returns:
+        As `set_aside`.
+
+    Raises:
+        BlockingIOError: another run writes to it.
+    """
+    if (run_dir / LOCK_FILE).exists():
+        _lock(run_dir)
+    moved = None if resume else set_aside(run_dir, replace)
+    with telling(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _lock(run_dir)
+    return moved
+
+
+def _lock(folder: Path) -> None:
+    """Locks a folder, where the system has locks that end with the process."""
+    if fcntl is None:
+        return
+    _held.append((folder / LOCK_FILE).open("a"))
+    try:
+        # Of this process alone: one that it forked, and that outlives it, does not hold it.
+        fcntl.lockf(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks
+            raise BlockingIOError(
+                f"output_dir: expected a folder that no other run writes to, found one in "
+                f"{folder}; wait for its end, or name another with --output_dir"
+            ) from error
 
 
 def check_writable(folder: Path, flag: str) -> None:

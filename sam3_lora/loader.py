@@ -102,6 +102,23 @@ class Plan:
     max_steps: int | None
     longest_warmup: int
 
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"images": self.images, "images_per_step": self.images_per_step}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on as a checkpoint's state says; one of an earlier version says nothing.
+
+        Raises:
+            DatasetError: the training set is another one.
+        """
+        if (images := state.get("images", self.images)) != self.images:
+            raise DatasetError(
+                f"--resume: expected the training split that the run began with, of {images} "
+                f"images or tiles, found one of {self.images}; name it with --train_data_path"
+            )
+        self.images_per_step = state.get("images_per_step", self.images_per_step)
+
     def __str__(self) -> str:
         """The run's length, for the log."""
         text = f"{self.total_steps} steps in {self.epochs} epochs"

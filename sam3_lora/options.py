@@ -86,8 +86,12 @@ class TrainingSection:
     cache_limit_gb: float = _key(32.0, "most features kept, GB (10^9 bytes)", above=0)
     cache_views: int = _key(1, "placements of an image whose features are kept", low=1)
     init_lora_weights: Path | None = _key(None, "adapter to start from; null: a fresh one")
-    eval_steps: int = _key(500, "steps between two evaluations", low=1)
-    save_steps: int = _key(1000, "steps between two checkpoints", low=1)
+    eval_steps: int = _key(
+        500, "steps between two evaluations; each epoch ends with one too", low=1
+    )
+    save_steps: int = _key(
+        1000, "steps between two checkpoints; each epoch ends with one too", low=1
+    )
     save_total_limit: int = _key(3, "best checkpoints kept, beside the newest", low=1)
     early_stopping_patience: int | None = _key(
         None, "evaluations in a row without a new best_model that end a run; null: never", low=1

@@ -65,7 +65,7 @@ def test_a_run_writes_what_its_docstring_says(run_dir):
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         *("best_model", "last_model", "checkpoint-3", "config.yaml"),
-        *("log.jsonl", "metrics.csv", "train.log", "curves.png", "val_panel.png"),
+        *("log.jsonl", "metrics.csv", "train.log", "run.lock", "curves.png", "val_panel.png"),
     }
     adapter = torch.load(run_dir / "best_model" / "lora_weights.pt", weights_only=True)
     assert adapter["categories"] == {"red_part": "red part", "blue_part": "blue part"}
