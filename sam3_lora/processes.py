@@ -107,8 +107,8 @@ def _talk() -> Iterator[None]:
     except RuntimeError as error:
         raise ProcessError(
             f"expected an answer from all {count()} processes of the run, found that one has ended "
-            "(its own message, if it had time for one, says why); start the same command again, to "
-            "go on from the last checkpoint with --resume"
+            "(its own message, if it had time for one, says why); start the same command again, a "
+            "training run with --resume to go on from its last checkpoint"
         ) from error
 
 
