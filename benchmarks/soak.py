@@ -140,20 +140,22 @@ def train(args: argparse.Namespace, folder: Path, steps: int) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: flags after -- go to train_sam3_lora.py."""
+    """The command line up to --; what follows goes to train_sam3_lora.py."""
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--steps", type=int, default=2000, help="default: 2000")
     add("--data_dir", type=Path, default=Path("data/demo"), help="default: data/demo")
     add("--output_dir", type=Path, help="of the run (default: a temporary folder)")
-    add("train_flags", nargs="*", help="after --, for train_sam3_lora.py")
     return parser
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
     """Trains, watches and prints."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    cut = words.index("--") if "--" in words else len(words)
+    args = build_parser().parse_args(words[:cut])
+    args.train_flags = words[cut + 1 :]
     if not Path("/proc/self/statm").exists():
         raise ConfigError("expected Linux, whose /proc tells a process's memory; run it there")
     if not args.data_dir.exists():
