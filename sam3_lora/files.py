@@ -21,7 +21,7 @@ except ImportError:  # Windows has no such module
     fcntl = None
 
 LOCK_FILE = "run.lock"
-# Locked, each until this process ends.
+# The lock of this process's run, or of its last one.
 _held: list[Any] = []
 
 
@@ -138,7 +138,7 @@ def set_aside(place: Path, replace: bool = False) -> Path | None:
 
 
 def claim(run_dir: Path, replace: bool, resume: bool) -> Path | None:
-    """Takes a run's folder for this process, until it ends, however it ends.
+    """Takes a run's folder for this process, until it ends, however it ends, or takes another.
 
     Args:
         run_dir: of the run; made where it is not there.
@@ -150,13 +150,23 @@ def claim(run_dir: Path, replace: bool, resume: bool) -> Path | None:
     Raises:
         BlockingIOError: another run writes to it.
     """
+    _release(keep=0)
     if (run_dir / LOCK_FILE).exists():
         _lock(run_dir)
+        if resume:
+            return None
     moved = None if resume else set_aside(run_dir, replace)
     with telling(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         _lock(run_dir)
+    _release(keep=1)
     return moved
+
+
+def _release(keep: int) -> None:
+    """Lets go of all locks but the last so many."""
+    while len(_held) > keep:
+        _held.pop(0).close()
 
 
 def _lock(folder: Path) -> None:

@@ -373,7 +373,10 @@ def test_no_file_that_was_not_named_is_replaced(run, photo, tmp_path) -> None:
     before = {path: path.read_bytes() for path in (photo, labels, stranger)}
     for output in (photo, tmp_path / "sub" / ".." / "photo.jpg"):
         code, _, err = run(*words, "--output", output)
-        assert code == 2 and "photo.jpg is a folder, an input, or the name of two outputs" in err
+        assert (
+            code == 2
+            and "photo.jpg is a folder or device, an input, or the name of two outputs" in err
+        )
     code, _, err = run(*words, "--output", tmp_path / "r.png", "--json", tmp_path / "r.png")
     assert code == 2 and "the name of two outputs" in err
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in before}

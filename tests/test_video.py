@@ -359,6 +359,6 @@ def test_flags_of_a_video_need_one(run, tmp_path):
     words = ["--image", tmp_path / "a.png", "--text_prompt", "x", "--output", tmp_path / "r.png"]
     for flags in (["--every", 2], ["--fps", 1], ["--tracker", "sam3"]):
         code, _, err = run(*words, *flags)
-        assert code == 2 and "--every, --fps, --tracker: expected --video" in err
+        assert code == 2 and ": expected --video, found --image" in err
     code, _, err = run("--text_prompt", "x")
     assert code == 2 and "one of the arguments --image --video is required" in err
