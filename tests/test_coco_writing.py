@@ -143,6 +143,7 @@ coco.write_splits(output_dir, {"train": coco.read_split(source)}, overwrite=True
 """
 
 
+@pytest.mark.scripts
 @pytest.mark.skipif(os.name == "nt", reason="leftovers stay there")
 @pytest.mark.parametrize("moment", ["building", "moved"])
 def test_a_killed_run_leaves_no_half_split(tmp_path, moment):

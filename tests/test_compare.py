@@ -75,6 +75,7 @@ def columns_of(path: Path, rows: int, width: int) -> list[np.ndarray]:
     return [panel[top:bottom, left : left + width] for left in starts]
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_removing_a_loaded_adapter_leaves_the_exact_base(precision, adapter_file) -> None:
     content = checkpoint.read_adapter(adapter_file)

@@ -164,6 +164,7 @@ def test_a_kill_at_any_operation_leaves_a_run_to_go_on_with(model, template, tmp
     assert count > 4 * 3 + 2 + 4
 
 
+@pytest.mark.scripts
 @forks
 def test_a_kill_at_any_operation_of_replacing_a_run_leaves_it_or_none(template, tmp_path) -> None:
     count, killed = 0, True

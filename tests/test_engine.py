@@ -371,6 +371,7 @@ def parts_tried(forward):
     return [(what, count) for what, count, _ in forward.tried]
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize(("images", "rows"), [(1, 32), (3, 2), (1, 1), (2, 1)])
 def test_out_of_memory_takes_the_same_step_in_parts(loaded, whole_step, caplog, images, rows):
     forward = adapted(loaded)

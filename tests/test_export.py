@@ -215,6 +215,7 @@ def stock_model(kind: str, base: Any, folder: Path) -> Any:
 SLOWER = [pytest.param(name, marks=pytest.mark.scripts) for name in ("hf", "demo_meta", "demo_hf")]
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize("adapter", ["meta", *SLOWER])
 @pytest.mark.parametrize("kind", ["peft", "load_adapter", "merged"])
 def test_stock_libraries_give_our_outputs(

@@ -195,6 +195,7 @@ def test_tensorboard_keeps_the_panel_of_the_step_that_a_run_goes_on_from(tmp_pat
 # Weights & Biases ---------------------------------------------------------------------------------
 
 
+@pytest.mark.scripts
 def test_weights_and_biases_gets_what_the_log_holds(tmp_path, wandb):
     run = tmp_path / "run"
     run.mkdir()

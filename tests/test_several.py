@@ -128,6 +128,7 @@ def test_a_blend_of_one_is_that_adapter(forward, adapters) -> None:
 # Routes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize("boxed", [False, True])
 def test_routes_in_one_run_equal_runs_by_themselves(
     loaded, forward, adapters, photo, boxed

@@ -202,6 +202,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_all_ends_no_process_that_loads_images(number):
     ids: list[int] = []
