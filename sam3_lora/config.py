@@ -371,7 +371,7 @@ def _word_problems(words: Sequence[str], flags: Mapping[str, argparse.Action]) -
         if re.search("[\0\ud800-\udfff]", word)
     ]
     pairs = [word.split("=", 1) for word in words if word.startswith("--") and "=" in word]
-    pairs += zip(words, words[1:], strict=False)
+    pairs += zip(words[:-1], words[1:], strict=True)
     return problems + [
         f"{flag}: expected a path, found {value!r}"
         for flag, value in pairs

@@ -381,8 +381,7 @@ def _count_all(count: Count, micro_batches: list[Batch]) -> dict[str, int]:
     counts = [count(batch["targets"]) for batch in micro_batches] or [count([])]
     own = {key: sum(c[key] for c in counts) for key in counts[0]}
     own["images"] = sum(len(batch["image_ids"]) for batch in micro_batches)
-    everywhere = processes.gather(own)
-    return {key: sum(c[key] for c in everywhere) for key in own}
+    return processes.total(own)
 
 
 def _to_numbers(values: Losses) -> dict[str, float]:

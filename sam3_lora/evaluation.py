@@ -228,8 +228,7 @@ def evaluate_split(
         for chunk in engine.evaluate(forward, criterion, count, batches, max_rows):
             _add_chunk(found, chunk, max_detections, score_threshold)
             _add_losses(sums, weights, chunk)
-    parts = processes.gather((dict(sums), dict(weights)))
-    sums, weights = (_add_up([part[which] for part in parts]) for which in (0, 1))
+    sums, weights = processes.total(sums), processes.total(weights)
     # Without any object there is no IoU.
     means = {name: value / weights[name] if weights[name] else None for name, value in sums.items()}
     summary, results = summarize(found, split, max_detections, score_threshold)
@@ -246,11 +245,6 @@ def _add_losses(sums: dict[str, float], weights: dict[str, int], chunk: dict[str
         sums[name] += value * weight
         if chunk["rows"].start == 0:
             weights[name] += weight
-
-
-def _add_up(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Sums by name; a part may lack some."""
-    return {name: sum(p.get(name, 0) for p in parts) for part in parts for name in part}
 
 
 def summarize(

@@ -16,7 +16,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -126,6 +126,12 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
+def total(amounts: Mapping[str, float]) -> dict[str, float]:
+    """The amounts of all processes, added up by name; one that a process lacks is 0 there."""
+    parts = gather(dict(amounts))
+    return {name: sum(part.get(name, 0) for part in parts) for part in parts for name in part}
+
+
 def wait() -> None:
     """Waits until every process has come here."""
     gather(None)
@@ -168,7 +174,7 @@ def sum_gradients(parameters: Sequence[torch.Tensor], losses: Losses) -> Losses:
     with _talk():
         dist.all_reduce(summed)
     parts = summed.split([part.numel() for part in flat])
-    for parameter, part in zip(shared, parts, strict=False):
+    for parameter, part in zip(shared, parts[: len(shared)], strict=True):
         parameter.grad = part.view_as(parameter)
     return {name: part[0] for name, part in zip(names, parts[len(shared) :], strict=True)}
 
