@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -68,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo_seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("train_flags", nargs="*", help="after --, for train_sam3_lora.py")
+    parser.add_argument("--train_flags", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'",
+        help="for train_sam3_lora.py, as one word")  # fmt: skip
     return parser
 
 

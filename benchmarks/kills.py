@@ -5,7 +5,7 @@ over, killed at random moments and resumed until it is finished, and compared: t
 logged step and validation, the adapters bit by bit, what is left on the disk. POSIX only.
 
     python benchmarks/kills.py --kills 50
-    python benchmarks/kills.py --kills 5 --signals 2 --seed 1 -- --max_steps 7
+    python benchmarks/kills.py --kills 5 --signals 2 --train_flags "--max_steps 7"
 
 More than a third of the kills wait for a checkpoint or another file that is being written, a few
 for start-up and evaluation; the others come at any time. --signals is the number of SIGTERMs and of
@@ -338,13 +338,15 @@ def summary(name: str, tally: Tally) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line up to --; what follows goes to train_sam3_lora.py."""
+    """The command line."""
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--kills", type=int, default=50, help="SIGKILLs (default: 50)")
     add("--signals", type=int, default=5, help="SIGTERMs, and as many SIGINTs (default: 5)")
     add("--seed", type=int, default=0, help="of the moments (default: 0)")
     add("--output_dir", type=Path, help="for data and runs (default: a temporary folder)")
+    add("--train_flags", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'",
+        help="for train_sam3_lora.py, as one word")  # fmt: skip
     return parser
 
 
@@ -373,10 +375,7 @@ def measure(args: argparse.Namespace) -> int:
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
     """Measures and prints."""
-    words = sys.argv[1:] if argv is None else argv
-    cut = words.index("--") if "--" in words else len(words)
-    args = build_parser().parse_args(words[:cut])
-    args.train_flags = words[cut + 1 :]
+    args = build_parser().parse_args(argv)
     if not hasattr(os, "fork"):
         raise ConfigError("expected a system that can fork, found Windows; run it elsewhere")
     torch.set_num_threads(1)  # else forking a process that has computed may hang it

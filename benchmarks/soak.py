@@ -4,7 +4,7 @@ Trains the demo model with train_sam3_lora.py in this process, with workers, eva
 checkpoints, and looks at the process after every step; Linux only.
 
     python benchmarks/soak.py --data_dir data/demo
-    python benchmarks/soak.py --data_dir data/demo --steps 200 -- --cache_features ram
+    python benchmarks/soak.py --data_dir data/demo --train_flags "--cache_features ram"
 
 Draws the data where the folder has none. Prints the growth of memory, what is left at the end, and
 the CPU time of late steps against early ones; exit code 1 where a limit is broken.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -140,22 +141,21 @@ def train(args: argparse.Namespace, folder: Path, steps: int) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line up to --; what follows goes to train_sam3_lora.py."""
+    """The command line."""
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--steps", type=int, default=2000, help="default: 2000")
     add("--data_dir", type=Path, default=Path("data/demo"), help="default: data/demo")
     add("--output_dir", type=Path, help="of the run (default: a temporary folder)")
+    add("--train_flags", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'",
+        help="for train_sam3_lora.py, as one word")  # fmt: skip
     return parser
 
 
 @user_errors()
 def main(argv: list[str] | None = None) -> int:
     """Trains, watches and prints."""
-    words = sys.argv[1:] if argv is None else argv
-    cut = words.index("--") if "--" in words else len(words)
-    args = build_parser().parse_args(words[:cut])
-    args.train_flags = words[cut + 1 :]
+    args = build_parser().parse_args(argv)
     if not Path("/proc/self/statm").exists():
         raise ConfigError("expected Linux, whose /proc tells a process's memory; run it there")
     if not args.data_dir.exists():

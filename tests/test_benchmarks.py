@@ -144,7 +144,7 @@ def test_cache(rivals, capsys):
 def test_kills_and_soak(tmp_path, capsys):
     script = load("kills")
     flags = ["--kills", "2", "--signals", "1", "--output_dir", str(tmp_path)]
-    args = [*flags, "--", "--max_steps", "7"]
+    args = [*flags, "--train_flags", "--max_steps 7"]
     assert script.main(args) == 0
     killed, signals, asked = tables(capsys.readouterr().out)
     for rows in (killed, asked):
