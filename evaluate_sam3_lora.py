@@ -12,7 +12,6 @@ Every category is asked for on every image. Prints a table: AP of boxes and mask
 with its factors pmF1 and IL_MCC, mask IoU, and how often an absent category is found all the same.
 --base evaluates the base model that the adapter was trained on, or --model_name, without adapter.
 --compare evaluates the adapter, then its base in the same process, and prints both side by side.
-torchrun --nproc_per_node N evaluate_sam3_lora.py ... shares the images out over N processes.
 --report does so into its folder, adds a page with intervals and pictures, and asks both models for
 words that should find nothing, and for what the base should still know: the annotated concepts of
 --probe_dir or, without it, everyday words.
@@ -23,6 +22,7 @@ adapter's file, where inference.py reads it. Choose on val, and measure on test.
 exemplar, the same at each evaluation) and the word "visual" in place of its text; both asks with
 that box and the text; all evaluates text, box and both. The boxed object is to be found too, and
 categories that an image lacks are asked for by their text, as in Meta's evaluation.
+torchrun --nproc_per_node N evaluate_sam3_lora.py ... shares the images out over N processes.
 
 Writes to output_dir (default: evaluation_<split>/ beside the adapter, or in outputs/base/):
     metrics.json      every figure; with --prompt_with all those of text, and each in `by_prompt`
