@@ -23,6 +23,7 @@ import yaml
 from lora_layers import COMPONENTS, LoRAConfig
 from sam3_lora import processes
 from sam3_lora.files import write_text
+from sam3_lora.images import UNSAFE
 from sam3_lora.options import KEYS, SECTIONS, Config, Key, find_clashes
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -31,8 +32,6 @@ MAX_INTEGER = 2**53  # float() is exact up to here
 MAX_SHOWN, MAX_MESSAGE = 100, 2000
 
 _PLAIN_TAGS = {"null", "bool", "int", "float", "str", "timestamp"}
-# Characters of no path and no name: control characters, and those that UTF-8 cannot write.
-_UNUSABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _NULL_WORDS = {"null", "none", "~"}
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
 _BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
@@ -73,7 +72,7 @@ def _convert(key: Key, value: Any) -> Any:
     if key.kind is tuple:
         text = " ".join(value if isinstance(value, list) else [value])
         names = tuple(dict.fromkeys(text.replace(",", " ").split()))
-        if not names or _UNUSABLE.search("".join(names)):
+        if not names or UNSAFE.search("".join(names)):
             raise ValueError(value)
         return names
     if key.kind in (int, float):
@@ -85,7 +84,7 @@ def _convert(key: Key, value: Any) -> Any:
             raise ValueError(value)
         return key.kind(number)
     allowed = limits.get("choices", (value,))
-    unusable = value not in allowed or _UNUSABLE.search(value)
+    unusable = value not in allowed or UNSAFE.search(value)
     if unusable or not re.fullmatch(limits.get("pattern", r".*\S.*"), value):
         raise ValueError(value)
     if key.kind is Path:

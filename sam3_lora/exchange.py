@@ -296,7 +296,7 @@ def _read_peft(folder: Path) -> Foreign:
         raise AdapterError(f"--source: {folder} is damaged: {error!r}; get a full copy") from error
     _refuse_settings(config, folder)
     checkpoint.check_description(told, folder)
-    pairs, rooted = _pair(tensors, PEFT_KEY, folder), config.get("use_rslora")
+    pairs, rslora = _pair(tensors, PEFT_KEY, folder), config.get("use_rslora")
     layers = {}
     for name, (a, b) in pairs.items():
         # PEFT takes the first pattern that a name ends in.
@@ -308,7 +308,7 @@ def _read_peft(folder: Path) -> Foreign:
                 f"{a.shape[0]} in {name}; the two files are not of one adapter"
             )
         # rsLoRA scales by alpha / sqrt(rank).
-        layers[name] = (a, b, own_alpha * math.sqrt(own_rank) if rooted else own_alpha)
+        layers[name] = (a, b, own_alpha * math.sqrt(own_rank) if rslora else own_alpha)
     targets = config.get("target_modules")
     whole = isinstance(targets, list) and not any(config.get(k) for k in PEFT_SELECTORS)
     known = {key: value for key, value in told.items() if key in checkpoint.DESCRIPTION}

@@ -22,7 +22,7 @@ IMAGE_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
-# In a file's name: control characters, and halves of a character pair, which no encoding has.
+# In a name or a path: control characters, and halves of a character pair, which no encoding has.
 UNSAFE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 EXIF_SWAPS_SIDES = (5, 6, 7, 8)  # values of the EXIF tag Orientation that turn by 90 degrees
 

@@ -22,7 +22,7 @@ MAX_MAIN_LINES = 60
 MAY_IMPORT = {
     "model": {"lora_layers", "processes"},
     "checkpoint": {"files", "lora_layers", "model"},
-    "config": {"files", "lora_layers", "options", "processes"},
+    "config": {"files", "images", "lora_layers", "options", "processes"},
     "coco": {"faults", "geometry", "images"},
     "faults": {"geometry", "images", "processes"},
     "images": {"geometry"},
