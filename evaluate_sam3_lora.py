@@ -1,12 +1,11 @@
-"""Evaluates an adapter, or the base model, on a split of a COCO data set.
+r"""Evaluates an adapter, or the base model, on a split of a COCO data set.
 
-    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt
-    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --split test
-    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --base --split test
-    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --compare
-    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --report out
-    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --calibrate
-    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model --prompt_with all
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model \
+        --data_dir data --split test --report outputs/report
+    python evaluate_sam3_lora.py --lora_weights outputs/sam3_lora/best_model \
+        --calibrate
+    python evaluate_sam3_lora.py --base --split test
 
 Every category is asked for on every image. Prints a table: AP of boxes and masks by category, cgF1
 with its factors pmF1 and IL_MCC, mask IoU, and how often an absent category is found all the same.
@@ -25,15 +24,18 @@ categories that an image lacks are asked for by their text, as in Meta's evaluat
 torchrun --nproc_per_node N evaluate_sam3_lora.py ... shares the images out over N processes.
 
 Writes to output_dir (default: evaluation_<split>/ beside the adapter, or in outputs/base/):
-    metrics.json      every figure; with --prompt_with all those of text, and each in `by_prompt`
-    detections.json   in COCO's results format, what the figures read: the best 100 of each image,
-                      for AP, and all of score >= --score_threshold
+    metrics.json      every figure; with --prompt_with all those of text, and
+                      each in `by_prompt`
+    detections.json   in COCO's results format, what the figures read: the best
+                      100 of each image, for AP, and all of score >=
+                      --score_threshold
 and with --compare, the base's figures being `base` in metrics.json:
     base_detections.json   those of the base
-    panel.png              annotation, base and adapter side by side, on 4 images at most, those
-                           with the most different categories
+    panel.png              annotation, base and adapter side by side, on 4
+                           images at most, those with the most categories
 and with --report:
-    report.html            all of it on one page that needs no other file; `report` in metrics.json
+    report.html            all of it on one page that needs no other file;
+                           `report` in metrics.json
 """
 
 from __future__ import annotations
@@ -62,8 +64,6 @@ from sam3_lora.coco import (
 from sam3_lora.config import (
     Config,
     ConfigError,
-    FlagParser,
-    add_config_flags,
     config_from_args,
     setup_logging,
     user_errors,
@@ -73,6 +73,7 @@ from sam3_lora.drawing import draw_panel
 from sam3_lora.engine import LossError, TooLargeError
 from sam3_lora.evaluation import evaluate_split, load_forward, resolve_model
 from sam3_lora.files import check_writable, set_aside, write_json, write_picture, write_text
+from sam3_lora.flags import FlagParser, add_config_flags
 from sam3_lora.forward import Forward
 from sam3_lora.intervals import Evaluated, calibrate, format_thresholds
 from sam3_lora.loader import build_loader, epoch_batches
@@ -108,11 +109,19 @@ PROMPT_WITH = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: what to evaluate, and the configuration's flags for model and machine."""
-    parser = FlagParser(description=__doc__)
-    add = parser.add_argument
+    usage = "%(prog)s (--lora_weights PATH | --base) [--FLAG VALUE ...]"
+    parser = FlagParser(__doc__, usage=usage)
     # fmt: off
-    add("--lora_weights", type=Path, help="adapter file, or the folder it is in")
-    add("--base", action="store_true", help="evaluate without the adapter")
+    add = parser.add_argument_group("what to evaluate").add_argument
+    add("--lora_weights", type=Path, metavar="PATH",
+        help="adapter: a file, or the folder that holds it")
+    add("--base", action="store_true", help="the base model alone, without the adapter")
+    add("--data_dir", type=Path, default=Path("data"), metavar="DIR",
+        help="data folder, which holds the split")
+    add("--split", type=parse_split, default="val", metavar="NAME",
+        help="which split of it: train, val or test")
+    measure = parser.add_argument_group("what to measure")
+    add = measure.add_argument
     add("--compare", action="store_true",
         help="also evaluate the base without the adapter, and draw both beside the truth")
     add("--report", type=Path, metavar="DIR",
@@ -121,20 +130,21 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"--report: resamples of the intervals, 0 for none (default: {BOOTSTRAP})")
     add("--probe_dir", type=Path, metavar="DIR",
         help="--report: data folder with other concepts, to see whether the adapter forgot them")
-    add("--probe_split", type=parse_split, help="of --probe_dir (default: test)")
+    add("--probe_split", type=parse_split, metavar="NAME",
+        help="which split of --probe_dir (default: test)")
     add("--calibrate", action="store_true",
         help="choose each category's threshold on the split and store it in the adapter's file")
-    add("--data_dir", type=Path, default=Path("data"), help="data folder (default: data)")
-    add("--split", type=parse_split, default="val", help="train, val or test (default: val)")
     add("--prompt_with", choices=(*PROMPT_WITH, "all"), default="text",
         help="ask for an image's categories with text, with a box round one object, or with both; "
-        "absent categories keep their text (default: text)")
-    add("--output_dir", type=Path, help="where metrics.json goes")
+        "absent categories keep their text")
+    add_tile_flag(measure)
+    add = parser.add_argument_group("what to write").add_argument
+    add("--output_dir", type=Path, metavar="DIR",
+        help="where metrics.json goes (default: evaluation_<split>/ beside the adapter)")
     # Not the configuration's own key, which is about a training run.
     add("--overwrite", dest="replace", action="store_true",
         help="write over an earlier evaluation in output_dir, which else is renamed")
     # fmt: on
-    add_tile_flag(parser)
     sections = ("model", "evaluation", "hardware")
     add_config_flags(parser, sections, without=("best_metric", "gradient_checkpointing"))
     return parser

@@ -17,11 +17,12 @@ import torch
 from lora_layers import LoRAConfig, apply_lora, count_parameters
 from sam3_lora import checkpoint, engine
 from sam3_lora.coco import DatasetError, decode_mask, read_image, read_split
-from sam3_lora.config import FlagParser, user_errors
+from sam3_lora.config import user_errors
 from sam3_lora.dataset import PromptDataset
 from sam3_lora.drawing import draw_curves, draw_overlay
 from sam3_lora.evaluation import load_forward
 from sam3_lora.files import write_picture
+from sam3_lora.flags import FlagParser
 from sam3_lora.forward import Forward
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
@@ -91,9 +92,10 @@ def show(adapter: Path, data: Path, picture: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = FlagParser(description=__doc__)
-    output = Path("outputs/example")
-    parser.add_argument("--output_dir", type=Path, default=output, help=f"default: {output}")
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to write").add_argument
+    default = Path("outputs/example")
+    add("--output_dir", type=Path, default=default, metavar="DIR", help="folder of all it writes")
     return parser
 
 

@@ -1,20 +1,19 @@
 r"""Hands an adapter on: to PEFT, merged into its base, or from others into this project's file.
 
-    python export_sam3_lora.py peft --lora_weights outputs/sam3_lora/best_model \
-        --output_dir outputs/peft --license cc-by-4.0
-    python export_sam3_lora.py merge --lora_weights outputs/sam3_lora/best_model \
-        --output_dir outputs/merged
-    python export_sam3_lora.py import --source outputs/peft --output outputs/imported.pt
+    python export_sam3_lora.py peft --output_dir outputs/peft \
+        --lora_weights outputs/sam3_lora/best_model --license cc-by-4.0
+    python export_sam3_lora.py merge --output_dir outputs/merged \
+        --lora_weights outputs/sam3_lora/best_model
+    python export_sam3_lora.py import --output a.pt --source outputs/peft
 
 Writes:
-    peft     adapter_model.safetensors and adapter_config.json, which stock PEFT and
-             Sam3Model.load_adapter read; README.md, a model card
-    merge    a Sam3Model, or with --video a Sam3VideoModel, with its processor, by save_pretrained;
-             README.md
-    import   an adapter file of this project, from PEFT's folder, from one of ours, or from a .pt
-             file with the layer names of Meta's own code
---push_to_hub USER/NAME uploads what was written. A folder or file that is in the way is renamed, or
-replaced with --overwrite.
+    peft     adapter_model.safetensors and adapter_config.json, which stock PEFT
+             and Sam3Model.load_adapter read; README.md, a model card
+    merge    a Sam3Model, or with --video a Sam3VideoModel, with its processor,
+             by save_pretrained; README.md
+    import   an adapter file of this project, from PEFT's folder, from one of
+             ours, or from a .pt file with the layer names of Meta's own code
+--push_to_hub USER/NAME uploads it. What is in the way is renamed, or with --overwrite replaced.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from lora_layers import AdapterError, apply_lora, load_lora_state_dict, remove_lora
 from sam3_lora import checkpoint
-from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
+from sam3_lora.config import ConfigError, setup_logging, user_errors
 from sam3_lora.evaluation import validation_figures
 from sam3_lora.exchange import PEFT_CONFIG, fit, portable_name, read_source, write_peft
 from sam3_lora.files import check_writable, set_aside
+from sam3_lora.flags import FlagParser
 from sam3_lora.model import (
     HUB_ID,
     PUBLISHED,
@@ -86,60 +87,59 @@ class HubError(ValueError):
     """An upload that cannot be done, or that failed; the message says what to do by hand."""
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """The command line, one subcommand a direction."""
-    parser = FlagParser(description=__doc__, epilog="Each command has its own --help.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    write = argparse.ArgumentParser(add_help=False)
-    write.add_argument("--overwrite", action="store_true", help="replace what is there")
-    write.add_argument("--push_to_hub", metavar="USER/NAME", help="upload to this model repository")
-    write.add_argument("--private", action="store_true", help="make a new repository private")
-    folder = folder_parser(write)
-    peft = commands.add_parser("peft", parents=[folder], help="for stock PEFT")
-    merged = commands.add_parser("merge", parents=[folder], help="a merged model").add_argument
-    # fmt: off
-    peft.add_argument("--model_name", metavar="NAME",
-        help="base to name in config and card (default: the adapter's own)")
-    merged("--model_name", metavar="NAME", help="base to merge into (default: the adapter's own)")
-    merged("--dtype", choices=DTYPES, default="fp32",
-        help="of the weights written; the sum is fp32 (default: fp32)")
-    merged("--video", action="store_true",
-        help="the whole Sam3VideoModel of a base that has a tracker")
-    # fmt: on
-    add_import_parser(commands, write)
+    parser = FlagParser(__doc__)
+    shown = {"title": "commands", "metavar": "COMMAND", "help": "its --help lists its flags"}
+    commands = parser.add_subparsers(dest="command", required=True, **shown)
+    for name, purpose, add_flags in (
+        ("peft", "write an adapter as stock PEFT reads it", add_folder_flags),
+        ("merge", "write the base with an adapter inside", partial(add_folder_flags, merge=True)),
+        ("import", "write an adapter of PEFT, or with Meta's names, as ours", add_import_flags),
+    ):
+        command = commands.add_parser(name, help=purpose, description=f"To {purpose}.")
+        add = add_flags(command)
+        add("--overwrite", action="store_true", help="replace what is there, else it is renamed")
+        add("--push_to_hub", metavar="USER/NAME", help="upload to this model repository")
+        add("--private", action="store_true", help="make a new repository private")
     return parser
 
 
-def folder_parser(write: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The flags that `peft` and `merge` share: an adapter, a folder, and what its card says."""
-    folder = argparse.ArgumentParser(add_help=False, parents=[write])
-    add = folder.add_argument
-    # fmt: off
-    add("--lora_weights", type=Path, required=True, help="adapter file, or the folder it is in")
+def add_folder_flags(parser: FlagParser, merge: bool = False) -> Callable[..., Any]:
+    """The flags of `peft` and `merge`; returns what adds more to those of what is written."""
+    add = parser.add_argument_group("what to export").add_argument
+    add("--lora_weights", type=Path, required=True, metavar="PATH",
+        help="adapter: a file, or the folder that holds it")
+    purpose = "to merge into" if merge else "to name in config and card"
+    add("--model_name", metavar="NAME", help=f"base {purpose} (default: the adapter's own)")
+    if merge:
+        add("--dtype", choices=DTYPES, default="fp32", help="of the weights; the sum is fp32")
+        add("--video", action="store_true",
+            help="the whole Sam3VideoModel of a base that has a tracker")
+    add = parser.add_argument_group("what to write").add_argument
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--license", metavar="ID", help="licence of adapter and data, for the card")
     metrics = "metrics.json of evaluate_sam3_lora.py"
     add("--metrics", type=Path, metavar="FILE", help=f"{metrics}, for the card's figures")
     add("--stock_metrics", type=Path, metavar="FILE",
         help=f"{metrics} of the same split with --model_geometry_cls hf: what stock calls give")
-    # fmt: on
-    return folder
+    return add
 
 
-def add_import_parser(commands: argparse._SubParsersAction, write: argparse.ArgumentParser) -> None:
-    """Adds the subcommand `import`."""
-    add = commands.add_parser(
-        "import", parents=[write], help="from PEFT, or with Meta's names"
-    ).add_argument
-    # fmt: off
-    add("--source", type=Path, required=True, help="PEFT's folder, or a .pt file")
-    add("--output", type=Path, required=True, metavar="FILE", help=".pt to write")
+def add_import_flags(parser: FlagParser) -> Callable[..., Any]:
+    """The flags of `import`; returns what adds more to those of what is written."""
+    add = parser.add_argument_group("what to import").add_argument
+    add("--source", type=Path, required=True, metavar="PATH", help="PEFT's folder, or a .pt file")
     add("--model_name", metavar="NAME",
         help=f"base to hold it against (default: the source's own, else {PUBLISHED})")
     add("--alpha", type=float, help="LoRA's alpha, which Meta-named files do not hold")
     add("--geometry_cls", choices=("meta", "hf"),
         help="how it was trained (default: as the source says; meta with Meta's names, hf of PEFT)")
-    # fmt: on
+    add = parser.add_argument_group("what to write").add_argument
+    add("--output", type=Path, required=True, metavar="FILE", help=".pt file to write")
+    return add
+# fmt: on
 
 
 def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:

@@ -1,17 +1,14 @@
 r"""Finds and outlines what a text, or boxes drawn on an image, describe.
 
-    python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
+    python inference.py --lora_weights outputs/sam3_lora/best_model \
         --image test.jpg --text_prompt "yellow school bus" --output result.png
-    python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
+    python inference.py --lora_weights outputs/sam3_lora/best_model \
         --image test.jpg --bboxes '[[100, 150, 400, 350]]' --output result.png
-    python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
-        --image test.jpg --text_prompt "red car" --bboxes '[[100, 150, 400, 350]]' \
-        --output result.png
-    python inference.py --lora_weights cracks=outputs/a/best_model leaks=outputs/b/best_model \
-        --image photos --text_prompt crack "oil leak" car --output outputs/several \
-        --route crack=cracks "oil leak=leaks:0.8,cracks:0.2" car=base
-    python inference.py --lora_weights outputs/sam3_lora/best_model/lora_weights.pt \
+    python inference.py --lora_weights outputs/sam3_lora/best_model \
         --video frames --text_prompt "red car" --output outputs/inference
+    python inference.py --image photos --text_prompt crack "oil leak" car \
+        --lora_weights cracks=outputs/a/best_model leaks=outputs/b/best_model \
+        --route crack=cracks "oil leak=leaks:0.8,cracks:0.2" car=base
 
 SAM 3 takes a box as an example: it finds everything like the object in it, all over the image, not
 that object alone. --only_boxed keeps what lies in the boxes.
@@ -26,14 +23,18 @@ as at a photo, and draws what several show once.
 torchrun --nproc_per_node N inference.py ... shares the images of a folder out over N processes.
 
 Writes, for result.png:
-    result.png               the image with its detections, a colour a prompt; your boxes dashed
-    result_detections.json   COCO results with file_name and prompt; category_id 1: first prompt
-    result_masks/*.png       with --save_masks: a 0 and 255 image a detection, in the JSON's order
+    result.png               the image with its detections, a colour a prompt;
+                             your boxes dashed
+    result_detections.json   COCO results with file_name and prompt;
+                             category_id 1: first prompt
+    result_masks/*.png       with --save_masks: a 0 and 255 image a detection,
+                             in the JSON's order
 and into a folder, for photo.jpg, photo_overlay.png, photo_detections.json and photo_masks/.
 For a video clip.mp4, or a folder of frames named clip, into the folder of --output:
-    clip_frames/00001.png    the frames with their detections, a colour an identity
+    clip_frames/00001.png    the frames with their detections, a colour a track
     clip.gif                 at most 640 pixels a side and 200 frames
-    clip_detections.json     as above, with frame (from 0) and track_id: one object, one id
+    clip_detections.json     as above, with frame (from 0) and track_id: one
+                             object, one id
 Prints a line an image: detections of each prompt, the best score (also one below the threshold),
 the overlay's path; of a video, one line.
 
@@ -64,6 +65,7 @@ from sam3_lora.config import Config, ConfigError
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import Detections, load_forward
 from sam3_lora.files import check_writable, set_aside, write_json, write_picture
+from sam3_lora.flags import FlagParser, add_config_flags
 from sam3_lora.forward import Forward
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import ModelError, build_tracker
@@ -107,52 +109,53 @@ SAME_IN_EVERY_RUN = (ADAPTER_FILE, "best_model", "last_model")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: prompts, outputs, and the options of the model and the hardware."""
-    parser = config.FlagParser(description=__doc__)
-    add = parser.add_argument
+    usage = "%(prog)s (--image PATH | --video PATH) --text_prompt TEXT ... [--FLAG VALUE ...]"
+    parser = FlagParser(__doc__, usage=usage)
     # fmt: off
-    add("--lora_weights", nargs="+", action="extend", default=[], metavar="PATH",
-        help="adapter: a file, or a folder with lora_weights.pt (default: the base model alone); "
-        "several of one base, each by its run's folder or as NAME=PATH")
-    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    group = parser.add_argument_group("what to run on")
+    source = group.add_mutually_exclusive_group(required=True).add_argument
     source("--image", type=Path, metavar="PATH", help="an image, or a folder of images")
     source("--video", type=Path, metavar="PATH",
         help="a folder of frames, in natural order, or a video file, which needs `pip install av`")
-    add("--every", type=parse_count, default=1, metavar="N",
-        help="of a video, take each N-th frame (default: 1)")
-    add("--fps", type=parse_count, metavar="N",
-        help="frames a second of a video's GIF (default: as the video, 10 for images)")
-    add("--tracker", choices=("iou", "sam3"), default="iou",
-        help="how a video's objects keep their identity: by overlap of masks, or by SAM 3's own "
-        "tracker, which also shifts with an adapter of the vision tower (default: iou)")
-    add("--text_prompt", nargs="+", default=[], metavar="TEXT",
-        help='what to find; several: --text_prompt "red car" bus')
-    add("--route", type=parse_route, nargs="+", action="extend", default=[], metavar="TEXT=NAME",
-        help="the adapter that answers a prompt, or 'TEXT=NAME:0.7,NAME2:0.3' for their weighted "
-        f"sum; {BASE}: none (default: those that were trained on it, else the only one or {BASE})")
+    add = group.add_argument
+    add("--lora_weights", nargs="+", action="extend", default=[], metavar="PATH",
+        help="adapter: a file, or a folder with lora_weights.pt (default: the base model alone); "
+        "several of one base, each by its run's folder or as NAME=PATH")
+    add = parser.add_argument_group("what to find").add_argument
+    add("--text_prompt", nargs="+", default=[], metavar="TEXT", help='such as "red car" bus')
     add("--bboxes", type=parse_boxes, default=[], metavar="JSON",
         help="example boxes '[[x1, y1, x2, y2], ...]' in pixels of the image as shown (in cmd.exe "
         "with double quotes); they go with every text, or alone with the word 'visual'")
     add("--bbox_labels", type=parse_labels, metavar="JSON",
         help="'[1, 0, ...]', one a box: 1 find its like, 0 not its like (default: all 1)")
-    add("--only_boxed", action="store_true",
-        help="keep only detections that lie by half their box or more in a positive box; "
-        "without it, all that is like the boxed objects is found")
+    add("--route", type=parse_route, nargs="+", action="extend", default=[], metavar="TEXT=NAME",
+        help="the adapter that answers a prompt, or 'TEXT=NAME:0.7,NAME2:0.3' for their weighted "
+        f"sum; {BASE}: none (default: those that were trained on it, else the only one or {BASE})")
+    add = parser.add_argument_group("what to keep").add_argument
     add("--threshold", type=parse_share, metavar="0..1",
         help="lowest score kept, of every prompt (default: what evaluate_sam3_lora.py --calibrate "
         "stored for its category in the adapter that answers it alone, else 0.5)")
+    add("--only_boxed", action="store_true",
+        help="keep only detections that lie by half their box or more in a positive box; "
+        "without it, all that is like the boxed objects is found")
     add("--nms_iou", type=parse_share, metavar="0..1",
         help="drop a detection whose mask has a larger IoU than this with a better one of the same "
         "prompt (default: keep all)")
-    add_tile_flag(parser)
+    add_tile_flag(parser.add_argument_group("large photos"))
+    add = parser.add_argument_group("videos").add_argument
+    add("--every", type=parse_count, default=1, metavar="N", help="take each N-th frame")
+    add("--fps", type=parse_count, metavar="N",
+        help="frames a second of the GIF (default: as the video, 10 for images)")
+    add("--tracker", choices=("iou", "sam3"), default="iou",
+        help="how objects keep their identity: by overlap of masks, or by SAM 3's own tracker")
+    add = parser.add_argument_group("what to write").add_argument
     add("--output", type=Path, default=Path("outputs/inference"), metavar="PATH",
-        help="image file to write, or a folder for one PNG an image (default: outputs/inference)")
+        help="image file to write, or a folder for one PNG an image")
     add("--json", type=Path, metavar="FILE",
         help="one file for the detections of all images (default: one beside each overlay)")
     add("--save_masks", action="store_true", help="also write each detection's mask as a PNG")
     # fmt: on
-    config.add_config_flags(
-        parser, ("model", "hardware"), without=("num_workers", "gradient_checkpointing")
-    )
+    add_config_flags(parser, ("model", "hardware"), ("num_workers", "gradient_checkpointing"))
     return parser
 
 

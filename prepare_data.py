@@ -1,14 +1,15 @@
 r"""Brings annotated images into the one layout that training reads, and checks it.
 
     python prepare_data.py create --output_dir data
-    python prepare_data.py coco --coco_json annotations.json --images_dir images/ \
-        --output_dir data --split train
+    python prepare_data.py coco --coco_json annotations.json \
+        --images_dir images/ --output_dir data --split train
+    python prepare_data.py yolo --yolo_dir exported --split train
+    python prepare_data.py split --data_dir data/all --fractions 0.8,0.1,0.1
     python prepare_data.py validate --data_dir data --split train
-    python prepare_data.py split --data_dir data/all --output_dir data --fractions 0.8,0.1,0.1
     python prepare_data.py demo --output_dir data/demo
 
-Also `yolo`, `voc`, `labelme` and `via`, for those formats, and `masks`, for masks that are image
-files; `prepare_data.py via --help` lists the flags of one.
+Also `voc`, `labelme` and `via`, for those formats, and `masks`, for masks that are image files;
+`prepare_data.py via --help` lists the flags of one.
 
 Outputs: `<output_dir>/<split>/annotations.json` (COCO) and `<output_dir>/<split>/images/`, copies
 of the images or, with `--link`, hard links; data/README.md describes both. A split is written whole
@@ -40,9 +41,10 @@ from sam3_lora.coco import (
     split_dir,
     write_splits,
 )
-from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
+from sam3_lora.config import ConfigError, setup_logging, user_errors
 from sam3_lora.faults import parse_json
 from sam3_lora.files import write_picture
+from sam3_lora.flags import FlagParser
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 from sam3_lora.geometry import shown
 from sam3_lora.images import UNSAFE
@@ -58,125 +60,117 @@ SEED_DIGITS = 18
 SPLITS = ("train", "val", "valid", "test")
 SEARCHED = ("yolo_dir", "voc_dir", "labelme_dir", "masks_dir")  # flags of folders read as a whole
 SOURCES = (*SEARCHED, "coco_json", "via_json", "images_dir")
+OUTPUT_FLAGS: dict[str, dict[str, Any]] = {
+    "output_dir": {"type": Path, "default": Path("data"), "metavar": "DIR", "help": "data folder"},
+    "split": {"choices": SPLITS, "default": "train", "help": "which split of it"},
+    "prompts": {
+        "metavar": "JSON",
+        "help": 'phrases for category names, {"name": "phrase"}, or a file that holds them',
+    },
+    "link": {"action": "store_true", "help": "hard-link images instead of copying"},
+    "overwrite": {"action": "store_true", "help": "replace a split that has files"},
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line, one subcommand an operation."""
-    parser = FlagParser(description=__doc__, epilog="Each command has its own --help.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument(
-        "--output_dir", type=Path, default=Path("data"), help="data folder (default: data)"
-    )
-    split = argparse.ArgumentParser(add_help=False)
-    split.add_argument("--split", choices=SPLITS, default="train", help="default: train")
-    place = argparse.ArgumentParser(add_help=False, parents=[output])
-    place.add_argument("--link", action="store_true", help="hard-link images instead of copying")
-    place.add_argument("--overwrite", action="store_true", help="replace a split that has files")
-    write = argparse.ArgumentParser(add_help=False, parents=[place, split])
-    write.add_argument(
-        "--prompts",
-        metavar="JSON",
-        help='phrases for category names, {"name": "phrase"}, or a file that holds them',
-    )
-
-    commands.add_parser("create", parents=[output], help="make the empty folders")
-    coco = commands.add_parser("coco", parents=[write], help="COCO or Roboflow COCO")
-    coco.add_argument("--coco_json", type=Path, required=True, help="annotation file")
-    coco.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
-    coco.add_argument("--classes", help='categories in order as "person,car"; else the file\'s')
-    yolo = commands.add_parser("yolo", parents=[write], help="YOLO boxes or polygons")
-    yolo.add_argument("--yolo_dir", type=Path, required=True, help="folder of images and labels")
-    yolo.add_argument("--classes", help='names of class 0, 1, ... as "person,car"; else data.yaml')
-    add_labelling_tools(commands, write)
-    add_masks_parser(commands, write)
-    add_split_parser(commands, place)
-    demo = commands.add_parser("demo", parents=[output], help="a drawn data set, for a first try")
-    demo.add_argument(
-        "--task",
-        choices=TASKS,
-        default="parts",
-        help="parts: defects on metal, new to the demo model; shapes: what it knows "
-        "(default: parts)",
-    )
-    demo.add_argument("--seed", type=parse_seed, default=0, help="of the drawings (default: 0)")
-    demo.add_argument("--overwrite", action="store_true", help="replace splits that have files")
-    add_validate_parser(commands, split)
+    parser = FlagParser(__doc__)
+    words = {"title": "commands", "metavar": "COMMAND", "help": "its --help lists its flags"}
+    commands = parser.add_subparsers(dest="command", required=True, **words)
+    create = add_command(commands, "create", "make the empty folders")
+    add_output(create, "output_dir")
+    # fmt: off
+    add, coco = add_reader(commands, "coco", "convert COCO or Roboflow COCO")
+    add("--coco_json", type=Path, required=True, metavar="FILE", help="annotation file")
+    add("--images_dir", type=Path, required=True, metavar="DIR", help="folder of its images")
+    add("--classes", metavar="NAMES", help='categories in order as "person,car"; else the file\'s')
+    add_output(coco, *OUTPUT_FLAGS)
+    add, yolo = add_reader(commands, "yolo", "convert YOLO boxes or polygons")
+    add("--yolo_dir", type=Path, required=True, metavar="DIR",
+        help="folder of images/ and labels/, best with data.yaml")
+    add("--classes", metavar="NAMES",
+        help='names of class 0, 1, ... as "person,car"; else data.yaml\'s')
+    add_output(yolo, *OUTPUT_FLAGS)
+    add_labelling_tools(commands)
+    add_masks_parser(commands)
+    add, divide = add_reader(commands, "split", "divide a split by image")
+    add("--data_dir", type=Path, required=True, metavar="DIR",
+        help="the split to divide: a folder with annotations.json and images/")
+    add("--fractions", default="0.8,0.1,0.1", metavar="A,B,C",
+        help="of the images for train,val,test; 0 leaves one out")
+    add("--seed", type=parse_seed, default=0, metavar="INT", help="of the draw")
+    add_output(divide, "output_dir", "link", "overwrite")
+    demo = add_command(commands, "demo", "a drawn data set, for a first try")
+    add = demo.add_argument_group("what to draw").add_argument
+    add("--task", choices=TASKS, default="parts",
+        help="parts: defects on metal, new to the demo model; shapes: what it knows")
+    add("--seed", type=parse_seed, default=0, metavar="INT", help="of the drawings")
+    add_output(demo, "output_dir", "overwrite")
+    # fmt: on
+    add_validate_parser(commands)
     return parser
 
 
-def add_validate_parser(
-    commands: argparse._SubParsersAction, split: argparse.ArgumentParser
-) -> None:
+def add_command(commands: argparse._SubParsersAction, name: str, purpose: str) -> FlagParser:
+    """Adds a subcommand, whose help says what it is for, and where that of the others is."""
+    about = f"{purpose[0].upper()}{purpose[1:]}; prepare_data.py --help shows examples."
+    return commands.add_parser(name, help=purpose, description=about)
+
+
+def add_reader(
+    commands: argparse._SubParsersAction, name: str, purpose: str
+) -> tuple[Callable[..., argparse.Action], FlagParser]:
+    """Adds a subcommand that reads data; returns what adds a flag of its input, and its parser."""
+    parser = add_command(commands, name, purpose)
+    return parser.add_argument_group("what to read").add_argument, parser
+
+
+def add_output(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds those of `OUTPUT_FLAGS`."""
+    add = parser.add_argument_group("what to write").add_argument
+    for name in names:
+        add(f"--{name}", **OUTPUT_FLAGS[name])
+
+
+def add_validate_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the subcommand `validate`."""
-    check = commands.add_parser("validate", parents=[split], help="check a split")
-    check.add_argument(
-        "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
-    )
-    check.add_argument("--json", action="store_true", help="print the report as JSON")
-    check.add_argument(
-        "--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder"
-    )
-    check.add_argument(
-        "--preview", type=Path, metavar="PNG", help="draw images, with --fix of the copy"
-    )
-    check.add_argument(
-        "--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer"
-    )
+    add, parser = add_reader(commands, "validate", "check a split")
+    # fmt: off
+    add("--data_dir", type=Path, default=Path("data"), metavar="DIR",
+        help="data folder, which holds the split")
+    add("--split", choices=SPLITS, default="train", help="which split of it")
+    add("--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer")
+    add = parser.add_argument_group("what to write").add_argument
+    add("--json", action="store_true", help="print the report as JSON")
+    add("--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder")
+    add("--preview", type=Path, metavar="PNG", help="draw images, with --fix of the copy")
+    # fmt: on
 
 
-def add_masks_parser(commands: argparse._SubParsersAction, write: argparse.ArgumentParser) -> None:
+def add_masks_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the subcommand `masks`."""
-    masks = commands.add_parser("masks", parents=[write], help="masks that are image files")
-    masks.add_argument("--images_dir", type=Path, required=True, help="folder of the photos")
-    masks.add_argument("--masks_dir", type=Path, required=True, help="folder of the masks")
-    masks.add_argument(
-        "--classes",
-        metavar="NAMES",
+    add, parser = add_reader(commands, "masks", "convert masks that are image files")
+    # fmt: off
+    add("--images_dir", type=Path, required=True, metavar="DIR", help="folder of the photos")
+    add("--masks_dir", type=Path, required=True, metavar="DIR", help="folder of the masks")
+    add("--classes", metavar="NAMES",
         help='names of value 1, 2, ... as "road,car", or JSON, or a file of it: {"7": "road"} by '
-        'value, {"road": "#804080"} or {"road": [128, 64, 128]} by colour',
-    )
-    masks.add_argument(
-        "--kind",
-        choices=KINDS,
+        'value, {"road": "#804080"} or {"road": [128, 64, 128]} by colour')
+    add("--kind", choices=KINDS,
         help="index: a value is a class; colour: a colour is a class; instance: a value is an "
         "object; object: a file is an object (default: index or colour where --classes has "
-        "several names)",
-    )
-    masks.add_argument(
-        "--whole",
-        action="store_true",
-        help="index, colour: all pixels of a class are one object, else each connected part is",
-    )
-    masks.add_argument(
-        "--min_pixels",
-        type=int,
-        default=1,
-        help="index, colour: connected parts of fewer are left out (default: 1)",
-    )
-    masks.add_argument(
-        "--pattern",
-        default="{stem}",
+        "several names)")
+    add("--pattern", default="{stem}",
         help='mask file of photo {stem}.jpg, such as "{stem}_mask.png", or photo and mask, such '
-        'as "img{stem}:mask{stem}" (default: {stem})',
-    )
-    masks.add_argument(
-        "--void",
-        metavar="VALUES",
-        help='values or colours that are no class, as "255,0" (default: 255 of kind index)',
-    )
-
-
-def add_split_parser(commands: argparse._SubParsersAction, place: argparse.ArgumentParser) -> None:
-    """Adds the subcommand `split`."""
-    divide = commands.add_parser("split", parents=[place], help="divide a split by image")
-    divide.add_argument("--data_dir", type=Path, required=True, help="folder of the whole split")
-    divide.add_argument(
-        "--fractions",
-        default="0.8,0.1,0.1",
-        help="of the images for train,val,test; 0 leaves one out (default: 0.8,0.1,0.1)",
-    )
-    divide.add_argument("--seed", type=parse_seed, default=0, help="of the draw (default: 0)")
+        'as "img{stem}:mask{stem}"')
+    add("--whole", action="store_true",
+        help="index, colour: all pixels of a class are one object, else each connected part is")
+    add("--min_pixels", type=int, default=1, metavar="INT",
+        help="index, colour: connected parts of fewer are left out")
+    add("--void", metavar="VALUES",
+        help='values or colours that are no class, as "255,0" (default: 255 of kind index)')
+    # fmt: on
+    add_output(parser, *OUTPUT_FLAGS)
 
 
 def parse_seed(text: str) -> int:
@@ -187,23 +181,28 @@ def parse_seed(text: str) -> int:
     return int(text)
 
 
-def add_labelling_tools(
-    commands: argparse._SubParsersAction, write: argparse.ArgumentParser
-) -> None:
+def add_labelling_tools(commands: argparse._SubParsersAction) -> None:
     """Adds the commands of formats that name the class of each object."""
-    optional = argparse.ArgumentParser(add_help=False, parents=[write])
     names = 'categories in order as "person,car"; else those of the objects, sorted by name'
-    optional.add_argument("--classes", help=names)
-    voc = commands.add_parser("voc", parents=[optional], help="Pascal VOC boxes")
-    folders = "folder of Annotations/ and JPEGImages/, or of XML files beside their images"
-    voc.add_argument("--voc_dir", type=Path, required=True, help=folders)
-    labelme = commands.add_parser("labelme", parents=[optional], help="LabelMe shapes")
-    folders = "folder of JSON files beside their images"
-    labelme.add_argument("--labelme_dir", type=Path, required=True, help=folders)
-    via = commands.add_parser("via", parents=[optional], help="VGG Image Annotator 1 or 2")
-    via.add_argument("--via_json", type=Path, required=True, help="export or project")
-    via.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
-    via.add_argument("--class_attribute", help="region attribute of the class; else the only one")
+    # fmt: off
+    add, voc = add_reader(commands, "voc", "convert Pascal VOC boxes")
+    add("--voc_dir", type=Path, required=True, metavar="DIR",
+        help="folder of Annotations/ and JPEGImages/, or of XML files beside their images")
+    add("--classes", metavar="NAMES", help=names)
+    add_output(voc, *OUTPUT_FLAGS)
+    add, labelme = add_reader(commands, "labelme", "convert LabelMe shapes")
+    add("--labelme_dir", type=Path, required=True, metavar="DIR",
+        help="folder of JSON files beside their images")
+    add("--classes", metavar="NAMES", help=names)
+    add_output(labelme, *OUTPUT_FLAGS)
+    add, via = add_reader(commands, "via", "convert VGG Image Annotator 1 or 2")
+    add("--via_json", type=Path, required=True, metavar="FILE", help="export or project")
+    add("--images_dir", type=Path, required=True, metavar="DIR", help="folder of its images")
+    add("--class_attribute", metavar="NAME",
+        help="region attribute of the class; else the only one")
+    add("--classes", metavar="NAMES", help=names)
+    add_output(via, *OUTPUT_FLAGS)
+    # fmt: on
 
 
 def create_folders(output_dir: Path) -> None:

@@ -1,23 +1,23 @@
 """Fine-tunes SAM 3 with LoRA on a COCO data set (see data/README.md for the layout).
 
     python train_sam3_lora.py --config configs/base_config.yaml
-    python train_sam3_lora.py --config configs/base_config.yaml --batch_size 8 --lora_rank 16
+    python train_sam3_lora.py --config configs/base_config.yaml --lora_rank 16
     python train_sam3_lora.py --config configs/base_config.yaml --resume
-    torchrun --nproc_per_node 2 train_sam3_lora.py --config configs/base_config.yaml
 
-Ctrl-C and SIGTERM end a run after its step, with a checkpoint and the command to go on with (exit
-code 130 and 143). A step has batch_size x gradient_accumulation_steps images for each process of
-torchrun; a resumed run keeps the number that it began with.
+Every flag is a key of --config's YAML file, and goes before it; all have a default. Ctrl-C and
+SIGTERM end a run after its step, with a checkpoint and the command to go on with (exit code 130 and
+143). torchrun --nproc_per_node N train_sam3_lora.py ... trains in N processes: a step has
+batch_size x gradient_accumulation_steps images for each, and a resumed run keeps their number.
 
 Writes to output_dir:
-    best_model/lora_weights.pt   the adapter with the best validation figure (config.yaml beside it)
-    last_model/lora_weights.pt   the adapter as the run ended
-    checkpoint-<step>/           adapter, optimizer and random state, for --resume
-    config.yaml, train.log, run.lock (held while the run is alive)
-    log.jsonl, metrics.csv       the figures of steps and validations
-    curves.png                   the same, drawn anew at each validation
-    val_panel.png                annotations beside detections, on 4 validation images at most
-    events.out.tfevents.*, wandb/   the same for TensorBoard (--tensorboard), W&B (--wandb)
+    best_model/lora_weights.pt  the adapter with the best validation figure
+    last_model/lora_weights.pt  the adapter as the run ended
+    checkpoint-<step>/          adapter, optimizer, random state, for --resume
+    config.yaml, train.log      also run.lock, held while the run is alive
+    log.jsonl, metrics.csv      the figures of steps and validations
+    curves.png                  the same, drawn anew at each validation
+    val_panel.png               annotations and detections, on 4 images at most
+    events.out.tfevents.*, wandb/   the figures, by --tensorboard and --wandb
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ from sam3_lora import checkpoint, engine, memory, processes, runlog
 from sam3_lora.coco import CocoSplit, DatasetError, read_splits
 from sam3_lora.config import (
     Config,
-    FlagParser,
-    add_config_flags,
     check_same_settings,
     check_stopping,
     check_trainable,
@@ -57,6 +55,7 @@ from sam3_lora.dataset import PromptDataset
 from sam3_lora.evaluation import describe, evaluate_split, rank, validation_figures
 from sam3_lora.features import FeatureCache, FeatureError, cacheable_parts
 from sam3_lora.files import claim
+from sam3_lora.flags import FlagParser, add_config_flags
 from sam3_lora.forward import Forward
 from sam3_lora.loader import LoaderError, Plan, build_loader, epoch_batches, share_steps
 from sam3_lora.losses import compute_losses, count_targets
@@ -71,7 +70,7 @@ from sam3_lora.model import (
     num_queries,
     train_adapted,
 )
-from sam3_lora.options import OutputSection, find_idle
+from sam3_lora.options import MOST_USED, OutputSection, find_idle
 from sam3_lora.overview import detections_panel
 
 log = logging.getLogger("train")
@@ -110,8 +109,8 @@ class Run:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one flag for each key of the configuration."""
-    parser = FlagParser(description=__doc__)
-    add_config_flags(parser)
+    parser = FlagParser(__doc__, usage="%(prog)s [--config FILE] [--KEY VALUE ...]")
+    add_config_flags(parser, first=MOST_USED)
     return parser
 
 

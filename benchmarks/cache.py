@@ -50,8 +50,9 @@ from rivals import (
 
 from lora_layers import lora_state_dict
 from sam3_lora import engine
-from sam3_lora.config import FlagParser, user_errors
+from sam3_lora.config import user_errors
 from sam3_lora.features import FeatureCache
+from sam3_lora.flags import FlagParser
 from sam3_lora.model import ModelError, image_size, train_adapted
 
 CACHED, PLAIN, LIBRARY = "cached", "not cached", "library"
@@ -158,18 +159,18 @@ def measure(args: argparse.Namespace, prompts: int, folder: Path) -> dict[str, A
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = FlagParser(description=__doc__)
-    add = parser.add_argument
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
     # fmt: off
-    add("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda")
     add("--model", choices=MODELS, help="size (default: full on a GPU, else bench224)")
-    add("--batch_size", type=int, default=4, help="images (default: 4)")
-    add("--prompts", type=int, nargs="+", default=[1, 4, 8], help="an image (default: 1 4 8)")
-    add("--objects", type=int, default=1, help="of each prompt (default: 1)")
+    add("--batch_size", type=int, default=4, help="images")
+    add("--prompts", type=int, nargs="+", default=[1, 4, 8], help="an image")
+    add("--objects", type=int, default=1, help="of each prompt")
     add("--mask_loss", choices=("full", "native", "points"), default="native",
-        help="where masks are compared (default: native)")
-    add("--epochs", type=int, default=10, help="in the last column (default: 10)")
-    add("--repeats", type=int, default=9, help="timed steps of each, after one (default: 9)")
+        help="where masks are compared")
+    add("--epochs", type=int, default=10, help="in the last column")
+    add("--repeats", type=int, default=9, help="timed steps of each, after one")
     # fmt: on
     return parser
 

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A script in a folder of its own: the package lies one level up.
 sys.path.insert(0, str(ROOT))
 
-from sam3_lora.config import ConfigError, FlagParser, user_errors  # noqa: E402
+from sam3_lora.config import ConfigError, user_errors  # noqa: E402
+from sam3_lora.flags import FlagParser  # noqa: E402
 
 WIDTH, HEIGHT = 320, 240
 PICTURES = 64  # distinct; a file system such as ext4 allows 65,000 links of one
@@ -102,11 +103,12 @@ def measure(name: str, flags: list[str | Path], images: int, objects: int) -> No
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = FlagParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/data_scale"))
-    parser.add_argument("--images", type=int, default=100_000, help="default: 100000")
-    parser.add_argument("--objects", type=int, default=10, help="an image (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--output_dir", type=Path, default=Path("outputs/data_scale"), help="for the data")
+    add("--images", type=int, default=100_000, help="of the data set")
+    add("--objects", type=int, default=10, help="an image")
+    add("--seed", type=int, default=0, help="of the drawings")
     return parser
 
 

@@ -25,9 +25,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sam3_lora.coco import CocoSplit  # noqa: E402
-from sam3_lora.config import FlagParser, user_errors  # noqa: E402
+from sam3_lora.config import user_errors  # noqa: E402
 from sam3_lora.dataset import place_on_canvas  # noqa: E402
 from sam3_lora.evaluation import detect, load_forward  # noqa: E402
+from sam3_lora.flags import FlagParser  # noqa: E402
 from sam3_lora.forward import VISUAL_PROMPT, Forward  # noqa: E402
 from sam3_lora.metrics import DetectionAccumulator  # noqa: E402
 from sam3_lora.model import ModelError, image_size  # noqa: E402
@@ -85,10 +86,11 @@ def measure(forward: Forward, scenes: int, seed: int) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = FlagParser(description=__doc__)
-    parser.add_argument("--model_name", default="demo/sam3_tiny", help="default: demo/sam3_tiny")
-    parser.add_argument("--scenes", type=int, default=200, help="default: 200")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--model_name", default="demo/sam3_tiny", help="base model")
+    add("--scenes", type=int, default=200, help="how many")
+    add("--seed", type=int, default=0, help="of the scenes")
     return parser
 
 

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A script in a folder of its own: the package lies one level up.
 sys.path.insert(0, str(ROOT))
 
-from sam3_lora.config import ConfigError, FlagParser, user_errors  # noqa: E402
+from sam3_lora.config import ConfigError, user_errors  # noqa: E402
+from sam3_lora.flags import FlagParser  # noqa: E402
 
 
 def run(log: Path, *command: str | Path) -> float:
@@ -66,10 +67,11 @@ def measure(folder: Path, seed: int, flags: list[str]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: flags that are not this script's go to train_sam3_lora.py."""
-    parser = FlagParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo_seeds"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--train_flags", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'",
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--output_dir", type=Path, default=Path("outputs/demo_seeds"), help="for the runs")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
+    add("--train_flags", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'",
         help="for train_sam3_lora.py, as one word")  # fmt: skip
     return parser
 

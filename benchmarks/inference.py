@@ -55,8 +55,9 @@ from lora_layers import (
 )
 from sam3_lora import checkpoint
 from sam3_lora.coco import encode_mask, mask_iou
-from sam3_lora.config import FlagParser, user_errors
+from sam3_lora.config import user_errors
 from sam3_lora.evaluation import detect
+from sam3_lora.flags import FlagParser
 from sam3_lora.forward import Forward
 from sam3_lora.model import ModelError, cast_towers, image_size
 
@@ -195,16 +196,16 @@ def loading_rows(
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = FlagParser(description=__doc__)
-    add = parser.add_argument
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
     # fmt: off
-    add("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda")
     add("--model", choices=MODELS, help="size (default: full on a GPU, else bench224)")
-    add("--prompts", type=int, nargs="+", default=[1, 8, 16], help="default: 1 8 16")
+    add("--prompts", type=int, nargs="+", default=[1, 8, 16], help="an image")
     add("--repeats", type=int, default=7,
-        help="timed runs of each, after one; thrice that of adapters (default: 7)")
-    add("--strategy", choices=STRATEGIES, default="balanced", help="adapter (default: balanced)")
-    add("--geometry_cls", choices=("meta", "hf"), default="meta", help="of both (default: meta)")
+        help="timed runs of each, after one; thrice that of adapters")
+    add("--strategy", choices=STRATEGIES, default="balanced", help="adapter")
+    add("--geometry_cls", choices=("meta", "hf"), default="meta", help="of both")
     add("--photo_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
         help="pixels of the masks (default: the model's own)")
     # fmt: on

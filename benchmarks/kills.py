@@ -44,7 +44,8 @@ sys.path.insert(0, str(ROOT))
 import prepare_data  # noqa: E402
 import train_sam3_lora  # noqa: E402
 from sam3_lora.checkpoint import checkpoints, read_adapter  # noqa: E402
-from sam3_lora.config import ConfigError, FlagParser, user_errors  # noqa: E402
+from sam3_lora.config import ConfigError, user_errors  # noqa: E402
+from sam3_lora.flags import FlagParser  # noqa: E402
 
 # What a run does, by the function of train_sam3_lora.py that does it; the first is before them all.
 PHASES = {
@@ -339,11 +340,11 @@ def summary(name: str, tally: Tally) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--kills", type=int, default=50, help="SIGKILLs (default: 50)")
-    add("--signals", type=int, default=5, help="SIGTERMs, and as many SIGINTs (default: 5)")
-    add("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--kills", type=int, default=50, help="SIGKILLs")
+    add("--signals", type=int, default=5, help="SIGTERMs, and as many SIGINTs")
+    add("--seed", type=int, default=0, help="of the moments")
     add("--output_dir", type=Path, help="for data and runs (default: a temporary folder)")
     add("--train_flags", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'",
         help="for train_sam3_lora.py, as one word")  # fmt: skip

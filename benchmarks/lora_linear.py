@@ -28,8 +28,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_layers import LoRALinear  # noqa: E402
-from sam3_lora.config import FlagParser, user_errors  # noqa: E402
+from sam3_lora.config import user_errors  # noqa: E402
 from sam3_lora.engine import environment  # noqa: E402
+from sam3_lora.flags import FlagParser  # noqa: E402
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 KINDS = ("linear", "peft", "ours")
@@ -88,14 +89,15 @@ def seconds(layers: list[nn.Module], x: torch.Tensor) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = FlagParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1296, help="rows of the input; default: 1296")
-    parser.add_argument("--dim", type=int, default=1024, help="features; default: 1024, the ViT's")
-    parser.add_argument("--rank", type=int, default=16, help="default: 16")
-    parser.add_argument("--dropout", type=float, default=0.0, help="default: 0")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
-    parser.add_argument("--repeats", type=int, default=20, help="default: 20")
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--tokens", type=int, default=1296, help="rows of the input")
+    add("--dim", type=int, default=1024, help="features, as the ViT's")
+    add("--rank", type=int, default=16, help="of the adapter")
+    add("--dropout", type=float, default=0.0, help="of the adapter")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--repeats", type=int, default=20, help="timed calls of each")
     return parser
 
 

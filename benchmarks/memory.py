@@ -37,7 +37,8 @@ from rivals import (
 )
 
 from sam3_lora import engine, memory
-from sam3_lora.config import FlagParser, setup_logging, user_errors
+from sam3_lora.config import setup_logging, user_errors
+from sam3_lora.flags import FlagParser
 from sam3_lora.forward import Forward
 from sam3_lora.model import ModelError, image_size, train_adapted
 
@@ -107,15 +108,15 @@ def predict(forward: Forward, images: int, prompts: int, max_rows: int) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda")
     add("--model", choices=MODELS, help="size (default: full on a GPU, else bench224)")
-    add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="default: all")
+    add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="adapters")
     modes = memory.CHECKPOINTING
-    add("--checkpointing", nargs="+", choices=modes, default=list(modes), help="default: all")
-    add("--batch_size", nargs="+", type=int, default=[1, 4], help="images (default: 1 4)")
-    add("--prompts", nargs="+", type=int, default=[1, 8], help="an image (default: 1 8)")
+    add("--checkpointing", nargs="+", choices=modes, default=list(modes), help="modes")
+    add("--batch_size", nargs="+", type=int, default=[1, 4], help="images")
+    add("--prompts", nargs="+", type=int, default=[1, 8], help="an image")
     return parser
 
 

@@ -24,8 +24,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sam3_lora.coco import CocoSplit, read_split  # noqa: E402
-from sam3_lora.config import FlagParser, user_errors  # noqa: E402
+from sam3_lora.config import user_errors  # noqa: E402
 from sam3_lora.evaluation import load_forward  # noqa: E402
+from sam3_lora.flags import FlagParser  # noqa: E402
 from sam3_lora.forward import Forward  # noqa: E402
 from sam3_lora.model import ModelError  # noqa: E402
 from sam3_lora.prediction import evaluate_tiles  # noqa: E402
@@ -56,15 +57,14 @@ def join_scenes(seed: int, number: int, side: int, count: int) -> Scene:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = FlagParser(description=__doc__)
-    parser.add_argument("--model_name", default="demo/sam3_tiny", help="default: demo/sam3_tiny")
-    parser.add_argument("--pictures", type=int, default=8, help="default: 8")
-    parser.add_argument("--scenes", type=int, default=4, help="of a picture's side (default: 4)")
-    parser.add_argument("--side", type=int, default=112, help="of a scene, pixels (default: 112)")
-    parser.add_argument(
-        "--tile", type=float, nargs="+", default=[0.6, 0.5, 0.25], help="default: 0.6 0.5 0.25"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--model_name", default="demo/sam3_tiny", help="base model")
+    add("--pictures", type=int, default=8, help="how many")
+    add("--scenes", type=int, default=4, help="of a picture's side")
+    add("--side", type=int, default=112, help="of a scene, pixels")
+    add("--tile", type=float, nargs="+", default=[0.6, 0.5, 0.25], help="shares of a side")
+    add("--seed", type=int, default=0, help="of the scenes")
     return parser
 
 

@@ -57,7 +57,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_layers import LoRAConfig, lora_state_dict
 from sam3_lora import engine
-from sam3_lora.config import Config, FlagParser, setup_logging, user_errors
+from sam3_lora.config import Config, setup_logging, user_errors
+from sam3_lora.flags import FlagParser
 from sam3_lora.forward import Forward
 from sam3_lora.losses import count_targets
 from sam3_lora.model import ModelError, image_size, train_adapted
@@ -304,21 +305,21 @@ def cap_row(args: argparse.Namespace, name: str, prompts: int, cap: float) -> di
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = FlagParser(description=__doc__)
-    add = parser.add_argument
+    parser = FlagParser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
     # fmt: off
-    add("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda")
     add("--model", choices=MODELS, help="size (default: full on a GPU, else bench224)")
-    add("--batch_size", type=int, default=2, help="images (default: 2)")
-    add("--prompts", type=int, nargs="+", default=[1, 4, 8], help="an image (default: 1 4 8)")
-    add("--repeats", type=int, default=5, help="timed steps of each, after one (default: 5)")
-    add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="default: all")
-    add("--geometry_cls", choices=("meta", "hf"), default="meta", help="of both (default: meta)")
+    add("--batch_size", type=int, default=2, help="images")
+    add("--prompts", type=int, nargs="+", default=[1, 4, 8], help="an image")
+    add("--repeats", type=int, default=5, help="timed steps of each, after one")
+    add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="adapters")
+    add("--geometry_cls", choices=("meta", "hf"), default="meta", help="of both")
     add("--library_weights", choices=DTYPES, default="fp32",
         help="in which the library holds its weights (default: fp32, as they are published)")
     add("--use_compile", action="store_true", help="ours through torch.compile")
     add("--gradient_checkpointing", choices=("off", "mlp", "full"), default="off",
-        help="of ours; the library's model has none (default: off)")
+        help="of ours; the library's model has none")
     add("--memory_caps", type=float, nargs="+", metavar="GB",
         help="GPU: only look for the largest batch in so much memory")
     # fmt: on

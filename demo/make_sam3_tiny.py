@@ -36,7 +36,8 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 from pretraining import pretrain  # noqa: E402
 
 from lora_layers import COMPONENTS  # noqa: E402
-from sam3_lora.config import FlagParser, setup_logging, user_errors  # noqa: E402
+from sam3_lora.config import setup_logging, user_errors  # noqa: E402
+from sam3_lora.flags import FlagParser  # noqa: E402
 from sam3_lora.forward import VISUAL_PROMPT  # noqa: E402
 from sam3_lora.model import ModelError  # noqa: E402
 from sam3_lora.scenes import BOX_SHARE, WORDS  # noqa: E402
@@ -254,23 +255,23 @@ def _save_as_detector(model: Sam3Model, output_dir: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = FlagParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
-    parser.add_argument("--size", choices=sorted(SIZES), default="tiny224", help="default: tiny224")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    parser.add_argument("--hub_layout", action="store_true", help="as facebook/sam3 is published")
-    parser.add_argument("--init_from", type=Path, help="folder of a pretrained one to go on from")
-    renewed = "components of --init_from that begin anew"
-    parser.add_argument("--renew", nargs="+", choices=COMPONENTS, default=(), help=renewed)
-    parser.add_argument("--steps", type=int, default=0, help="of pretraining (default: 0)")
-    parser.add_argument(
-        "--box_share",
-        type=float,
-        default=BOX_SHARE,
-        help=f"of the prompts for a scene with objects, those with boxes (default: {BOX_SHARE})",
-    )
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="default: 1e-3")
-    parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda (default: auto)")
+    parser = FlagParser(__doc__)
+    # fmt: off
+    add = parser.add_argument_group("what to write").add_argument
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--size", choices=sorted(SIZES), default="tiny224", help="of the model")
+    add("--hub_layout", action="store_true", help="as facebook/sam3 is published")
+    add("--seed", type=int, default=0, metavar="INT", help="of the random weights")
+    add = parser.add_argument_group("pretraining").add_argument
+    add("--steps", type=int, default=0, metavar="INT", help="how many; 0: random weights")
+    add("--learning_rate", type=float, default=1e-3, metavar="FLOAT", help="peak learning rate")
+    add("--init_from", type=Path, metavar="DIR", help="folder of a pretrained one to go on from")
+    add("--renew", nargs="+", choices=COMPONENTS, default=(), metavar="NAME",
+        help=f"components of --init_from that begin anew: {', '.join(COMPONENTS)}")
+    add("--box_share", type=float, default=BOX_SHARE, metavar="0..1",
+        help="of the prompts for a scene with objects, those with boxes")
+    add("--device", default="auto", help="auto, cpu, mps or cuda")
+    # fmt: on
     return parser
 
 

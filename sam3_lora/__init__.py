@@ -2,6 +2,7 @@
 
 options     the options of every script: one list of keys, in six sections
 config      reads them from YAML and flags; the only reader of configuration files
+flags       the command line: parser, help, one-line errors, a flag for each option
 model       loads SAM 3; device, precision, train and eval modes
 forward     our forward over SAM 3's sub-modules: every layer, masks on demand
 coco        reads, checks and writes COCO; polygons and RLE to and from masks

@@ -1,6 +1,6 @@
 """Reads the options of options.py from YAML and from flags.
 
-Each key's flag is generated. Defaults come first, then a YAML file, then the flags. Whatever its
+Defaults come first, then a YAML file, then the flags. Whatever its
 source, a value arrives as text and is converted by the field's type: `1e-4` is a number and `no` a
 word in a file just as on a command line.
 """
@@ -13,10 +13,10 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -35,7 +35,6 @@ _PLAIN_TAGS = {"null", "bool", "int", "float", "str", "timestamp"}
 _NULL_WORDS = {"null", "none", "~"}
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
 _BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
-_METAVARS = {int: "INT", float: "FLOAT", bool: "true|false", Path: "PATH", tuple: "NAME"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 _KINDS |= {str: "a name", tuple: "names, such as q_proj,v_proj"}
 # Settings that a resumed run may change: how long, how often; none that steps done depend on.
@@ -45,7 +44,7 @@ _MAY_CHANGE = (
     *("train_data_path", "val_data_path", "init_lora_weights", "cache_dir", "cache_limit_gb"),
 )
 # Names that other trainers use and that look nothing like ours.
-_SYNONYMS = {"lr": "learning_rate", "bs": "batch_size", "r": "rank", "wd": "weight_decay"}
+SYNONYMS = {"lr": "learning_rate", "bs": "batch_size", "r": "rank", "wd": "weight_decay"}
 _CHATTY_LIBRARIES = ("httpx", "httpcore", "urllib3", "filelock", "matplotlib", "PIL")
 
 
@@ -53,10 +52,10 @@ class ConfigError(ValueError):
     """An option is unknown, or its value cannot be used."""
 
 
-def _as_text(value: Any) -> Any:
+def as_text(value: Any) -> Any:
     """A typed value as it would be written: text, None, or a list of texts."""
     if isinstance(value, list | tuple):
-        return [_as_text(item) for item in value]
+        return [as_text(item) for item in value]
     if isinstance(value, bool):
         return str(value).lower()
     return value.as_posix() if isinstance(value, Path) else value if value is None else str(value)
@@ -100,7 +99,7 @@ def _expectation(key: Key) -> str:
     text = f"expected {key.limits['help'] if 'pattern' in key.limits else _KINDS[key.kind]}"
     bounds = [f"{word} {key.limits[name]}" for name, word in wording.items() if name in key.limits]
     bounds += ["or null"] if key.optional else []
-    default = ",".join(key.default) if key.kind is tuple else _as_text(key.default)
+    default = ",".join(key.default) if key.kind is tuple else as_text(key.default)
     return " ".join([text, *bounds]) + ("" if default is None else f" (default {default})")
 
 
@@ -130,7 +129,7 @@ def _parse(path: Path) -> yaml.Node | None:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: broken YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise ConfigError(f"{path}: expected a short YAML file in UTF-8: {reason}") from error
 
 
@@ -186,18 +185,18 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def _nearest(name: str, candidates: Iterable[str], otherwise: str) -> str:
+def nearest(name: str, candidates: Iterable[str], otherwise: str) -> str:
     """`did you mean X?`, or `otherwise` when no candidate is close."""
-    close = difflib.get_close_matches(_SYNONYMS.get(name, name), list(candidates), n=1)
+    close = difflib.get_close_matches(SYNONYMS.get(name, name), list(candidates), n=1)
     return f"did you mean {close[0]}?" if close else otherwise
 
 
 def _place_hint(name: str, section: str | None = None) -> str:
     """Where a misplaced or misspelled YAML name belongs."""
     places = {word: key for flag, key in KEYS.items() for word in (flag, key.name)}
-    real = _SYNONYMS.get(name, name)
+    real = SYNONYMS.get(name, name)
     here = [key.name for key in KEYS.values() if key.section == section] or SECTIONS
-    if real not in places and (close := _nearest(name, here, "")):
+    if real not in places and (close := nearest(name, here, "")):
         return close
     for word in difflib.get_close_matches(real, places, n=1, cutoff=0.75):
         return f"did you mean {places[word].name} in section {places[word].section}?"
@@ -226,9 +225,9 @@ def load_config(config_path: Path | None, argv_overrides: dict[str, Any]) -> Con
         found = {flag: ("false", str(config_path)) for flag in components} | found
     for flag, value in argv_overrides.items():
         if flag in KEYS:
-            found[flag] = _as_text(value), f"--{flag}"
+            found[flag] = as_text(value), f"--{flag}"
         else:
-            problems.append(f"unknown option {flag}, {_nearest(flag, KEYS, 'see --help')}")
+            problems.append(f"unknown option {flag}, {nearest(flag, KEYS, 'see --help')}")
     config = Config()
     for flag, (value, source) in found.items():
         key = KEYS[flag]
@@ -247,7 +246,7 @@ def plain_config(config: Config) -> dict[str, dict[str, Any]]:
     """Every option by section and key, as YAML and JSON hold them: paths as text."""
     sections = asdict(config)
     for values in sections.values():
-        values |= {k: _as_text(v) for k, v in values.items() if isinstance(v, Path | tuple)}
+        values |= {k: as_text(v) for k, v in values.items() if isinstance(v, Path | tuple)}
     return sections
 
 
@@ -331,82 +330,6 @@ def check_same_settings(config: Config, earlier: Config) -> None:
         )
 
 
-class FlagParser(argparse.ArgumentParser):
-    """Takes whole flag names only, names the nearest one, and fails in one line; has `--debug`."""
-
-    def __init__(self, description: str | None = None, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(description=description, **{"allow_abbrev": False, **options})
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse; an unknown flag comes before a missing one, of which it is the cause."""
-        words = list(sys.argv[1:] if args is None else args)
-        flags, problems = self._option_string_actions, []
-        for name in (word.split("=")[0] for word in words if word.startswith("--")):
-            # argparse takes a word with a space in it for a value.
-            if name != "--" and name not in flags and " " not in name:
-                bare = name[2:].replace("-", "_")
-                real = f"--{_SYNONYMS.get(bare, bare)}"
-                hint = _nearest(real, flags, "none is like it")
-                problems.append(f"unknown flag {shorten(name)}, {hint}")
-        problems += _word_problems(words, flags)
-        # A sub-command's flags are known to its own parser, which comes here too.
-        if problems and self._subparsers is None:
-            self.error("; ".join(problems))
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """Prints `message` on one line, of several processes once, and exits with code 2."""
-        text = f"error: {_one_line(message)} (see {self.prog} --help)\n"
-        self.exit(2, text if processes.is_main() else None)
-
-
-def _word_problems(words: Sequence[str], flags: Mapping[str, argparse.Action]) -> list[str]:
-    """Words of a command line that no file can have, and paths that are empty: the folder here."""
-    problems = [
-        f"expected text in UTF-8, found {shorten(repr(word))}"
-        for word in words
-        if re.search("[\0\ud800-\udfff]", word)
-    ]
-    pairs = [word.split("=", 1) for word in words if word.startswith("--") and "=" in word]
-    pairs += zip(words[:-1], words[1:], strict=True)
-    return problems + [
-        f"{flag}: expected a path, found {value!r}"
-        for flag, value in pairs
-        if flag in flags and flags[flag].type is Path and not value.strip()
-    ]
-
-
-def add_config_flags(
-    parser: argparse.ArgumentParser,
-    sections: Iterable[str] = SECTIONS,
-    without: Iterable[str] = (),
-) -> None:
-    """Adds `--config` and one flag for each key of `sections`.
-
-    Args:
-        parser: The script's parser.
-        sections: The sections whose keys the script reads.
-        without: Flags of theirs, without dashes, that it does not read.
-    """
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of options")
-    groups = {section: parser.add_argument_group(f"{section} options") for section in sections}
-    arity = {bool: {"nargs": "?", "const": "true"}, tuple: {"nargs": "+"}}
-    for flag, key in KEYS.items():
-        if key.section in groups and flag not in without:
-            default = _as_text(key.default) or "null"
-            default = " ".join(default) if isinstance(default, list) else default
-            groups[key.section].add_argument(
-                f"--{flag}",
-                # Kept as text: config_from_args converts all at once, and reports all at once.
-                default=argparse.SUPPRESS,
-                metavar="|".join(key.limits.get("choices", ())) or _METAVARS.get(key.kind, "TEXT"),
-                help=f"{key.limits['help']} (default: {default})".replace("%", "%%"),
-                **arity.get(key.kind, {}),
-            )
-
-
 def config_from_args(args: argparse.Namespace) -> Config:
     """Resolves the options from parsed flags and the YAML file of `--config`.
 
@@ -426,7 +349,7 @@ def shorten(text: str, most: int = MAX_SHOWN) -> str:
     return text if len(text) <= most else f"{text[: most * 3 // 4]} ... {text[-most // 4 :]}"
 
 
-def _one_line(message: object) -> str:
+def one_line(message: object) -> str:
     """A message without its line breaks, and with nothing that a terminal takes for a command."""
     text = shorten(" ".join(str(message).split()), MAX_MESSAGE)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -459,7 +382,7 @@ def user_errors(*errors: type[Exception]) -> Callable[[Callable[..., int]], Call
                     traceback.print_exc()
                 if processes.is_main() or not isinstance(error, ConfigError):
                     which = f"process {processes.rank()}: " if processes.count() > 1 else ""
-                    sys.stderr.write(f"error: {which}{_one_line(error)}\n")
+                    sys.stderr.write(f"error: {which}{one_line(error)}\n")
                 return 2
 
         return guarded

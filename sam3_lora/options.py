@@ -17,6 +17,10 @@ _CACHES = ("off", "ram", "disk")
 _CHECKPOINTING = ("auto", "off", "mlp", "full")
 _METRICS = ("ap", "ap50", "cgf1", "iou", "loss")
 _DEVICES = r"auto|cpu|mps|cuda(:[0-9]{1,3})?"
+# Flags that the training script's help shows first.
+MOST_USED = ("train_data_path", "val_data_path", "output_dir", "model_name", "num_epochs")
+MOST_USED += ("batch_size", "learning_rate", "lora_rank", "device", "dry_run", "resume")
+MOST_USED += ("overwrite",)
 _NON_FINITE = ("stop", "skip")
 _PRECISIONS = ("auto", "bf16", "fp16", "no")
 
@@ -112,8 +116,8 @@ class OutputSection:
 @dataclass(frozen=True)
 class EvaluationSection:
     best_metric: str = _key("ap", "figure that chooses best_model", choices=_METRICS)
-    max_val_images: int | None = _key(None, "first images evaluated in training; null: all", low=1)
-    score_threshold: float = _key(0.5, "score that counts as found, but for AP", low=0, high=1)
+    max_val_images: int | None = _key(None, "first images of the evaluated split; null: all", low=1)
+    score_threshold: float = _key(0.5, "score from which an object counts as found; AP takes all", low=0, high=1)
     max_detections: int = _key(100, "most detections an image, over all its prompts", low=1)
 
 

@@ -110,9 +110,9 @@ def parse_tile(text: str) -> float:
     return value
 
 
-def add_tile_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds --tile to a script that runs a trained model."""
-    parser.add_argument(
+def add_tile_flag(group: argparse._ActionsContainer) -> None:
+    """Adds --tile to a group of flags of a script that runs a trained model."""
+    group.add_argument(
         "--tile",
         type=parse_tile,
         metavar="SHARE",

@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 36
+MAX_PACKAGE_FILES = 37
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
 
 # Which of our modules each module may import; one that is not named may import none.
 MAY_IMPORT = {
+    "flags": {"config", "options", "processes"},
     "model": {"lora_layers", "processes"},
     "checkpoint": {"files", "lora_layers", "model"},
     "config": {"files", "images", "lora_layers", "options", "processes"},

@@ -12,12 +12,11 @@ from sam3_lora import config as config_module
 from sam3_lora.config import (
     Config,
     ConfigError,
-    FlagParser,
-    add_config_flags,
     config_from_args,
     setup_logging,
     user_errors,
 )
+from sam3_lora.flags import FlagParser, add_config_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -242,6 +241,7 @@ def test_interpreter_exits_with_one_line() -> None:
     code = (
         "import sys\n"
         "from sam3_lora.config import *\n"
+        "from sam3_lora.flags import *\n"
         "@user_errors()\n"
         "def main(argv=None):\n"
         "    parser = FlagParser('x')\n"
