@@ -46,7 +46,9 @@ class HelpFormatter(argparse.HelpFormatter):
             usage = " ".join(words + ["[--FLAG VALUE ...]"] * ("COMMAND ..." not in words))
         text = super()._format_usage(usage, actions, groups, prefix)
         if prefix is None:
-            text = textwrap.fill(text, self._width, subsequent_indent=" " * 7) + "\n\n"
+            text = text.replace(" VALUE ...]", "\u00a0VALUE\u00a0...]")  # stays on one line
+            text = textwrap.fill(text, self._width, subsequent_indent=" " * 7)
+            text = text.replace("\u00a0", " ") + "\n\n"
         return text
 
     def _get_help_string(self, action: argparse.Action) -> str:

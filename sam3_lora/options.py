@@ -117,7 +117,9 @@ class OutputSection:
 class EvaluationSection:
     best_metric: str = _key("ap", "figure that chooses best_model", choices=_METRICS)
     max_val_images: int | None = _key(None, "first images of the evaluated split; null: all", low=1)
-    score_threshold: float = _key(0.5, "score from which an object counts as found; AP takes all", low=0, high=1)
+    score_threshold: float = _key(
+        0.5, "score from which an object counts as found; AP takes all", low=0, high=1
+    )
     max_detections: int = _key(100, "most detections an image, over all its prompts", low=1)
 
 
