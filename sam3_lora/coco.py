@@ -37,8 +37,9 @@ from sam3_lora.faults import (
 )
 from sam3_lora.geometry import mask_problem, segmentation_of
 from sam3_lora.images import IMAGE_ERRORS, IMAGE_SUFFIXES, DatasetError, image_size, read_image
+from sam3_lora.layout import contents, find_split, sibling_val, split_dir
 
-# The checks are part of this module's interface: the other modules import them from here.
+# The checks and the layout are part of this module's interface: others import them from here.
 __all__ = [
     "IMAGE_ERRORS",
     "IMAGE_SUFFIXES",
@@ -68,7 +69,6 @@ logger = logging.getLogger(__name__)
 
 # Kinds of errors that reading survives and that nothing later in a run would tell of.
 TOLD_ON_READING = ("box in fractions", "duplicate file")
-SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
 
 ENDS = ("new", "old")  # of the folders beside a split while it is written
 NO_CONTENT = (".gitkeep", ".DS_Store", "Thumbs.db", "desktop.ini")  # of git and of file managers
@@ -101,58 +101,6 @@ class CocoSplit:
     def phrase(self, category_id: int) -> str:
         """Returns a category's prompt: its `prompts` entry, or its name with _ and - as spaces."""
         return phrase_of(self.categories[category_id], self.prompts)
-
-
-def split_dir(data_dir: Path, split: str) -> Path:
-    """Returns a split's folder, `val` and `valid` being one; of two, that which holds annotations.
-
-    The folder need not exist; its name is then `val`, never `valid`.
-    """
-    names = (split, "valid" if split == "val" else "val") if split in ("val", "valid") else (split,)
-    folders = [Path(data_dir) / name for name in names]
-    annotated = [folder for folder in folders if _annotation_file(folder)]
-    existing = [folder for folder in folders if folder.is_dir()]
-    return (annotated or existing or [Path(data_dir) / ("val" if "val" in names else split)])[0]
-
-
-def sibling_val(train_path: Path) -> Path | None:
-    """Returns the annotated `val` or `valid` folder beside a training split, or None."""
-    folder = split_dir(Path(train_path).parent, "val")
-    same = folder.resolve() == Path(train_path).resolve()
-    return folder if _annotation_file(folder) and not same else None
-
-
-def find_split(path: Path) -> tuple[Path, Path]:
-    """Returns a split folder's annotation file and images folder.
-
-    Raises:
-        DatasetError: Neither layout is there; the message names both.
-    """
-    path = Path(path)
-    for name, images in SPLIT_LAYOUTS:
-        if (path / name).is_file() and (path / images).is_dir():
-            return path / name, path / images
-    wanted = "annotations.json with images/ or _annotations.coco.json with the images beside it"
-    found = "no such folder" if not path.is_dir() else _contents(path)
-    children = sorted(path.iterdir()) if path.is_dir() else []
-    inside = [child for child in children if _annotation_file(child)]
-    remedy = f"name one split, such as {inside[0]}" if inside else "run prepare_data.py first"
-    if path.is_file():
-        found, remedy = "a file", f"name its folder {path.parent}"
-    elif not path.is_dir() and _annotation_file(path.parent):
-        remedy = f"{path.parent} is a split itself: --data_dir is the folder above the split"
-    raise DatasetError(f"expected {wanted} in {path}, found {found}; {remedy}")
-
-
-def _annotation_file(folder: Path) -> Path | None:
-    """The annotation file of a split folder, if it has one."""
-    return next((folder / n for n, _ in SPLIT_LAYOUTS if (folder / n).is_file()), None)
-
-
-def _contents(path: Path) -> str:
-    """The first names in a folder, for a message."""
-    names = sorted(child.name for child in path.iterdir())
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "an empty folder"
 
 
 def read_split(path: Path) -> CocoSplit:
@@ -441,7 +389,7 @@ def _is_there(target: Path, split: CocoSplit, overwrite: bool) -> bool:
         if same and all(os.path.samefile(a, b) or cmp(a, b, False) for a, b in images.items()):
             logger.info("%s is already there, with the same content", target)
             return True
-    message = f"expected {target} to be absent, empty or of this source, found {_contents(target)}"
+    message = f"expected {target} to be absent, empty or of this source, found {contents(target)}"
     raise DatasetError(f"{message}; pass --overwrite to replace it or write elsewhere")
 
 

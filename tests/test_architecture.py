@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 37
+MAX_PACKAGE_FILES = 38
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "model": {"lora_layers", "processes"},
     "checkpoint": {"files", "lora_layers", "model"},
     "config": {"files", "images", "lora_layers", "options", "processes"},
-    "coco": {"faults", "geometry", "images"},
+    "coco": {"faults", "geometry", "images", "layout"},
+    "layout": {"images"},
     "faults": {"geometry", "images", "processes"},
     "images": {"geometry"},
     "repair": {"coco", "faults", "geometry"},

@@ -324,7 +324,7 @@ def test_find_split(tmp_path):
         coco.find_split(tmp_path / "train" / "annotations.json")
     with pytest.raises(DatasetError, match="valid is a split itself: --data_dir is the folder"):
         coco.find_split(coco.split_dir(roboflow, "val"))
-    with pytest.raises(DatasetError, match="found no such folder; run prepare_data.py"):
+    with pytest.raises(DatasetError, match="found no such folder; correct the path, or convert"):
         coco.find_split(tmp_path / "absent")
 
 

@@ -1,0 +1,121 @@
+"""Where the files of a split are, and what a folder is that is laid out in another way."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from sam3_lora.images import IMAGE_SUFFIXES, DatasetError
+
+SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
+SNIFFED = 65536  # characters of a JSON file that tell which tool wrote it
+
+
+def split_dir(data_dir: Path, split: str) -> Path:
+    """Returns a split's folder, `val` and `valid` being one; of two, that which holds annotations.
+
+    The folder need not exist; its name is then `val`, never `valid`.
+    """
+    names = (split, "valid" if split == "val" else "val") if split in ("val", "valid") else (split,)
+    folders = [Path(data_dir) / name for name in names]
+    annotated = [folder for folder in folders if annotation_file(folder)]
+    existing = [folder for folder in folders if folder.is_dir()]
+    return (annotated or existing or [Path(data_dir) / ("val" if "val" in names else split)])[0]
+
+
+def sibling_val(train_path: Path) -> Path | None:
+    """Returns the annotated `val` or `valid` folder beside a training split, or None."""
+    folder = split_dir(Path(train_path).parent, "val")
+    same = folder.resolve() == Path(train_path).resolve()
+    return folder if annotation_file(folder) and not same else None
+
+
+def find_split(path: Path) -> tuple[Path, Path]:
+    """Returns a split folder's annotation file and images folder.
+
+    Raises:
+        DatasetError: Neither layout is there; the message names both, and what to do.
+    """
+    path = Path(path)
+    for name, images in SPLIT_LAYOUTS:
+        if (path / name).is_file() and (path / images).is_dir():
+            return path / name, path / images
+    wanted = "annotations.json with images/ or _annotations.coco.json with the images beside it"
+    found = "a file" if path.exists() else "no such folder"
+    found = contents(path) if path.is_dir() else found
+    raise DatasetError(f"expected {wanted} in {path}, found {found}; {_remedy(path)}")
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a path that is no split."""
+    parent = path.parent
+    if not path.exists() and annotation_file(parent):
+        return f"{parent} is a split itself: --data_dir is the folder above the split"
+    if not path.exists():
+        beside = {p.name: p for p in _children(parent) if annotation_file(p)}
+        if close := difflib.get_close_matches(path.name, beside, n=1):
+            return f"did you mean {beside[close[0]]}?"
+        return (
+            "correct the path, or convert your data to it as data/README.md shows; for a first try "
+            f"`python prepare_data.py demo --output_dir {parent}` draws a data set"
+        )
+    if annotation_file(parent):
+        return f"name its folder {parent}"
+    inside = sorted(filter(annotation_file, _children(path)), key=lambda p: p.name != "train")
+    if inside:
+        return f"name one split, such as {inside[0]}"
+    folder = path if path.is_dir() else parent
+    if annotation_file(path) and not _holds(path, *IMAGE_SUFFIXES):
+        return f"put its images into {path / 'images'}"
+    if source := _other_format(folder):
+        return f"convert it first: python prepare_data.py {source}"
+    return "convert it with prepare_data.py: data/README.md shows how for each format"
+
+
+def _other_format(folder: Path) -> str | None:
+    """The arguments of prepare_data.py for a folder that looks like another format's, if any."""
+    if (folder.parent / "data.yaml").is_file() and not (folder / "data.yaml").is_file():
+        folder = folder.parent
+    if (folder / "data.yaml").is_file() or _holds(folder / "labels", ".txt"):
+        return f"yolo --yolo_dir {folder}"
+    if _holds(folder, ".xml") or _holds(folder / "Annotations", ".xml"):
+        return f"voc --voc_dir {folder}"
+    for file in sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")]):
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            text = stream.read(SNIFFED)
+        if '"shapes"' in text:
+            return f"labelme --labelme_dir {file.parent}"
+        command = "via --via_json" if '"regions"' in text else "coco --coco_json"
+        return f"{command} {file} --images_dir {_photos(folder)}"
+    names = ("masks", "mask", "SegmentationClass", "labels", "annotations")
+    for masks in (folder / name for name in names):
+        if _holds(masks, ".png"):
+            return f"masks --images_dir {_photos(folder)} --masks_dir {masks}"
+    return None
+
+
+def _photos(folder: Path) -> Path:
+    """The folder of images in one, else itself."""
+    names = ("images", "JPEGImages", "train2017", "train")
+    return next((folder / n for n in names if _holds(folder / n, *IMAGE_SUFFIXES)), folder)
+
+
+def _holds(folder: Path, *suffixes: str) -> bool:
+    """Whether a folder, or one in it, holds a file of these suffixes."""
+    files = (p for child in _children(folder) for p in (child, *_children(child)))
+    return any(p.suffix.lower() in suffixes for p in files)
+
+
+def _children(folder: Path) -> Iterator[Path]:
+    """What is in a folder, by name; nothing where it is none."""
+    return iter(sorted(folder.iterdir()) if folder.is_dir() else [])
+
+
+def annotation_file(folder: Path) -> Path | None:
+    """The annotation file of a split folder, if it has one."""
+    return next((folder / n for n, _ in SPLIT_LAYOUTS if (folder / n).is_file()), None)
+
+
+def contents(path: Path) -> str:
+    """The first names in a folder, for a message."""
+    names = sorted(child.name for child in path.iterdir())
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "an empty folder"
