@@ -286,14 +286,6 @@ def test_flags_that_are_not_read_are_refused(run, flag) -> None:
     assert code == 2 and f"unknown flag {flag}" in err
 
 
-def test_the_commands_of_the_help_parse() -> None:
-    lines = evaluate_sam3_lora.__doc__.splitlines()
-    commands = [line.split()[2:] for line in lines if line.startswith("    python")]
-    assert len(commands) == 7
-    for words in commands:
-        evaluate_sam3_lora.build_parser().parse_args(words)
-
-
 def test_a_file_in_the_place_of_the_output_is_refused_at_once(run, adapter_file, tmp_path) -> None:
     (tmp_path / "out").write_text("mine", encoding="utf-8")
     code, err = run("--lora_weights", adapter_file, "--output_dir", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,17 @@ def test_help_is_complete_and_fits(path: Path, monkeypatch: pytest.MonkeyPatch) 
         for group in groups(parser):
             for action in group._group_actions:
                 check_argument(parser, action, shown)
+
+
+@pytest.mark.parametrize("path", EACH[: len(SCRIPTS)])
+def test_the_commands_of_the_help_parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = next(parsers(path, monkeypatch))
+    lines = parser.description.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("    python ")]
+    assert commands
+    for _, name, *words in commands:
+        assert name == path.name
+        parser.parse_args(words)
 
 
 def groups(parser: argparse.ArgumentParser) -> list[argparse._ArgumentGroup]:
