@@ -49,6 +49,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import sam3_lora.startup  # noqa: F401  # isort: skip
+
 import numpy as np
 from tqdm import tqdm
 

@@ -12,6 +12,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import sam3_lora.startup  # noqa: F401  # isort: skip
+
 import torch
 
 from lora_layers import LoRAConfig, apply_lora, count_parameters

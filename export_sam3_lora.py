@@ -7,13 +7,12 @@ r"""Hands an adapter on: to PEFT, merged into its base, or from others into this
     python export_sam3_lora.py import --output a.pt --source outputs/peft
 
 Writes:
-    peft     adapter_model.safetensors and adapter_config.json, which stock PEFT
-             and Sam3Model.load_adapter read; README.md, a model card
+    peft     PEFT's adapter_model.safetensors and adapter_config.json; README.md
     merge    a Sam3Model, or with --video a Sam3VideoModel, with its processor,
              by save_pretrained; README.md
     import   an adapter file of this project, from PEFT's folder, from one of
              ours, or from a .pt file with the layer names of Meta's own code
---push_to_hub USER/NAME uploads it. What is in the way is renamed, or with --overwrite replaced.
+README.md is a model card. What is in the way is renamed, or with --overwrite replaced.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import sam3_lora.startup  # noqa: F401  # isort: skip
 
 import torch
 from huggingface_hub import HfApi
@@ -91,8 +92,8 @@ class HubError(ValueError):
 def build_parser() -> argparse.ArgumentParser:
     """The command line, one subcommand a direction."""
     parser = FlagParser(__doc__)
-    shown = {"title": "commands", "metavar": "COMMAND", "help": "its --help lists its flags"}
-    commands = parser.add_subparsers(dest="command", required=True, **shown)
+    shown = {"dest": "command", "metavar": "COMMAND", "help": "its --help lists its flags"}
+    commands = parser.add_subparsers(title="commands", required=True, **shown)
     for name, purpose, add_flags in (
         ("peft", "write an adapter as stock PEFT reads it", add_folder_flags),
         ("merge", "write the base with an adapter inside", partial(add_folder_flags, merge=True)),
@@ -120,10 +121,9 @@ def add_folder_flags(parser: FlagParser, merge: bool = False) -> Callable[..., A
     add = parser.add_argument_group("what to write").add_argument
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--license", metavar="ID", help="licence of adapter and data, for the card")
-    metrics = "metrics.json of evaluate_sam3_lora.py"
-    add("--metrics", type=Path, metavar="FILE", help=f"{metrics}, for the card's figures")
+    add("--metrics", type=Path, metavar="FILE", help="evaluation's metrics.json, for the card")
     add("--stock_metrics", type=Path, metavar="FILE",
-        help=f"{metrics} of the same split with --model_geometry_cls hf: what stock calls give")
+        help="metrics.json of the same split by --model_geometry_cls hf: what stock calls give")
     return add
 
 

@@ -55,6 +55,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import sam3_lora.startup  # noqa: F401  # isort: skip
+
 import numpy as np
 
 from lora_layers import AdapterError

@@ -30,6 +30,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import sam3_lora.startup  # noqa: F401  # isort: skip
+
 from sam3_lora.coco import (
     CocoSplit,
     DatasetError,

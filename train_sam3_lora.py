@@ -31,6 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import sam3_lora.startup  # noqa: F401  # isort: skip
+
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm

@@ -1,5 +1,6 @@
 """What the scripts share, one concern a file.
 
+startup     comes first: an old Python, a missing package, Ctrl-C, in one line
 options     the options of every script: one list of keys, in six sections
 config      reads them from YAML and flags; the only reader of configuration files
 flags       the command line: parser, help, one-line errors, a flag for each option
