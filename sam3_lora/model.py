@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 PUBLISHED = "facebook/sam3"
 # Tokens of a prompt; CLIP's text encoder has this many positions (transformers processing_sam3.py).
 CONTEXT_LENGTH = 32
+# Of the letters of European languages in Latin script; beyond are other scripts.
+LAST_LATIN = 0x24F
 # Characters of a library's error in ours.
 MAX_REASON = 160
 # What no SAM 3 comes near: the detector has 0.84e9 parameters, 32 layers, 49,408 words. A
@@ -290,6 +292,8 @@ def tokenize(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tens
     Returns:
         input_ids (U, 32) long, attention_mask (U, 32) long with 1 for a token and 0 for padding.
     """
+    for text in texts:
+        _tell_unread(tokenizer, text)
     encoded = tokenizer(
         texts,
         padding="max_length",
@@ -298,6 +302,18 @@ def tokenize(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, torch.Tens
         return_tensors="pt",
     )
     return encoded["input_ids"], encoded["attention_mask"]
+
+
+@cache
+def _tell_unread(tokenizer: Any, text: str) -> None:
+    """Warns, once, of a prompt of which the model reads a part only, or understands little."""
+    count = len(tokenizer(text, verbose=False)["input_ids"])
+    if count > CONTEXT_LENGTH:
+        told = "the prompt %.60r has %d tokens, of which SAM 3 reads the first %d; shorten it"
+        log.warning(told, text, count, CONTEXT_LENGTH)
+    if any(c.isalpha() and ord(c) > LAST_LATIN for c in text):
+        told = "the prompt %.60r: expected English words, which SAM 3 was trained on; translate it"
+        log.warning(told, text)
 
 
 def _refuse_other_formats(name: str) -> None:

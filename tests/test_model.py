@@ -331,3 +331,15 @@ def test_text_embeds_object_contract(loaded, images):
     )
     ours = Forward(model, tokenizer, "hf")(make_batch(images))
     torch.testing.assert_close(ours["logits"][-1], out.pred_logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_that_is_cut_or_not_english_is_told_once(loaded, caplog) -> None:
+    _, tokenizer = loaded
+    long = " ".join(["car"] * 11)  # a token a letter here
+    for _ in range(2):
+        tokenize(tokenizer, [long, "red car", "naïve café", "красная машина"])
+    tokenize(tokenizer, [" ".join(["car"] * 10)])  # 32 tokens with the two at its ends
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2, told
+    assert "has 35 tokens, of which SAM 3 reads the first 32; shorten it" in told[0]
+    assert told[1].startswith("the prompt 'красная машина': expected English words")
