@@ -36,7 +36,8 @@ For a video clip.mp4, or a folder of frames named clip, into the folder of --out
     clip_detections.json     as above, with frame (from 0) and track_id: one
                              object, one id
 Prints a line an image: detections of each prompt, the best score (also one below the threshold),
-the overlay's path; of a video, one line.
+the overlay's path; of a video, one line. A file that is no image ends the run before it begins; one
+that turns out to be cut short is left out, and the exit code is 2 at the end.
 
 --tracker iou links detections whose masks overlap from frame to frame; two masks of one object are
 two identities, unless --nms_iou 0.5 drops one. --tracker sam3 runs SAM 3's own video model, with
@@ -67,8 +68,9 @@ from sam3_lora.config import Config, ConfigError
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import Detections, load_forward
 from sam3_lora.files import check_writable, set_aside, write_json, write_picture
-from sam3_lora.flags import FlagParser, add_config_flags
+from sam3_lora.flags import FlagParser, add_config_flags, expand
 from sam3_lora.forward import Forward
+from sam3_lora.images import list_images
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import ModelError, build_tracker
 from sam3_lora.prediction import (
@@ -161,20 +163,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def list_images(path: Path, flag: str = "--image") -> list[Path]:
-    """The image at a path, or those directly in a folder, sorted; hidden files are skipped."""
-    if not path.exists():
-        raise DatasetError(f"{flag}: expected an image or a folder of images, found no {path}")
-    if not path.is_dir():
-        return [path]
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-    images = [p for p in files if p.suffix.lower() in coco.IMAGE_SUFFIXES]
-    if not images:
-        kinds = ", ".join(sorted(coco.IMAGE_SUFFIXES))
-        raise DatasetError(f"{flag}: expected images ({kinds}) in {path}, found none")
-    return images
-
-
 def check_images(images: list[Path], boxes_xyxy: list[list[float]]) -> None:
     """Raises DatasetError where a header cannot be read, or a box does not lie in each image or is
     in fractions of it."""
@@ -246,7 +234,7 @@ def read_adapters(words: list[str], routed: bool) -> dict[str, dict[str, Any]]:
                 f"{name!r} for {path}; give another by NAME={path}"
             )
         try:
-            adapters[name] = {**read_adapter(Path(path)), "path": Path(path)}
+            adapters[name] = {**read_adapter(expand(path)), "path": expand(path)}
         except AdapterError as error:
             adapters[name] = {}
             problems.append(str(error))
@@ -466,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
     given = {"--every": args.every != 1, "--fps": args.fps, "--tracker": args.tracker != "iou"}
     if words := [flag for flag, value in given.items() if value]:
         raise ConfigError(f"{', '.join(words)}: expected --video, found --image; leave it out")
-    images = list_images(args.image)
+    images = list_images(args.image, "--image")
     check_images(images, prompts.boxes_xyxy)
     overlays = plan_overlays(args, images)
     # 2. The model; of several processes each takes its part of the images.
@@ -474,10 +462,16 @@ def main(argv: list[str] | None = None) -> int:
         forward, prompts, thresholds = load(args, options, prompts)
         numbered = list(enumerate(zip(images, overlays, strict=True), start=1))
         rows: list[dict[str, Any]] = []
+        unread: list[Path] = []
         max_rows = options.hardware.max_rows_per_forward
         # 3. Image by image.
         for image_id, (path, overlay) in processes.share(numbered):
-            photo = coco.read_image(path)
+            try:
+                photo = coco.read_image(path)
+            except DatasetError as error:
+                log.error("left out: %s", error)
+                unread.append(path)
+                continue
             found, best = answer(args, forward, photo, prompts, thresholds, max_rows)
             own = write_image(args, image_id, path, overlay, photo, found, prompts)
             rows += own
@@ -487,8 +481,12 @@ def main(argv: list[str] | None = None) -> int:
             )
             print(f"{path.name}: {texts}, best score {best:.3f}, {overlay}", flush=True)
         everywhere = [row for part in processes.gather(rows) for row in part]
+        left_out = [path for part in processes.gather(unread) for path in part]
     if args.json and processes.is_main():
         write_json(args.json, sorted(everywhere, key=lambda row: row["image_id"]))
+    if left_out:
+        found = f"{len(left_out)} that cannot be read, the first {left_out[0]}"
+        raise DatasetError(f"expected {len(images)} whole images, found {found}; replace them")
     return 0
 
 

@@ -42,11 +42,12 @@ from sam3_lora import checkpoint, engine, memory, processes, runlog
 from sam3_lora.coco import CocoSplit, DatasetError, read_splits
 from sam3_lora.config import (
     Config,
+    ConfigError,
     check_same_settings,
     check_stopping,
     check_trainable,
     config_from_args,
-    load_config,
+    load_saved,
     lora_config,
     plain_config,
     save_config,
@@ -72,7 +73,7 @@ from sam3_lora.model import (
     num_queries,
     train_adapted,
 )
-from sam3_lora.options import MOST_USED, OutputSection, find_idle
+from sam3_lora.options import MOST_USED, OutputSection, find_doubts, find_idle
 from sam3_lora.overview import detections_panel
 
 log = logging.getLogger("train")
@@ -269,6 +270,8 @@ def describe_run(run: Run) -> None:
         log.warning("the training split has no object: every prompt is trained as absent")
     elif not run.forward.masks:
         log.warning("the training split has no masks: training on boxes, without the mask loss")
+    for words in find_doubts(run.config, len(run.train_set), run.plan.images_per_step):
+        log.warning("%s", words)
     for words in find_idle(run.config, run.plan.evaluations(run.config.training.eval_steps)):
         log.warning("without effect: %s", words)
     if run.plan.warmup_steps < run.config.training.warmup_steps:
@@ -277,16 +280,21 @@ def describe_run(run: Run) -> None:
 
 def resume(run: Run) -> None:
     """Goes on from the newest checkpoint: adapter, optimizer, random state, best figure."""
-    check_same_settings(run.config, load_config(run.folder / "config.yaml", {}))
+    check_same_settings(run.config, load_saved(run.folder / "config.yaml"))
     newest = checkpoint.checkpoints(run.folder)[-1]
     parts = run.forward.model, run.optimizer, run.scaler
     state = checkpoint.restore(newest, *parts, rank=processes.rank())
     run.at.resume(state)
     run.plan.resume(state)
     run.skips.in_a_row, run.skips.total = state.get("skips", (0, 0))
+    if run.at.step > run.plan.total_steps:
+        raise ConfigError(
+            f"--resume: expected more steps than the {run.at.step} that are done, found "
+            f"{run.plan.total_steps}; raise --max_steps or --num_epochs"
+        )
     finished = "; it stopped early: raise --early_stopping_patience" if run.at.stopped else ""
     if run.at.step >= run.plan.total_steps:
-        finished = "; it is finished: raise --max_steps"
+        finished = "; it is finished: raise --max_steps or --num_epochs"
     log.info("resuming %s at step %d of %d%s", newest, run.at.step, run.plan.total_steps, finished)
 
 

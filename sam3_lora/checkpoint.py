@@ -110,7 +110,7 @@ def read_adapter(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise AdapterError(
             f"{path}: expected an adapter written by train_sam3_lora.py, found another .pt file; "
-            f"if it holds LoRA weights, {IMPORT}"
+            f"name {ADAPTER_FILE}, or if this holds LoRA weights, {IMPORT}"
         )
     wrong = [k for k, kind in ENTRIES.items() if not isinstance(content.get(k), kind)]
     if wrong:
@@ -496,5 +496,5 @@ def _read(path: Path, mmap: bool = False) -> Any:
     except Exception as error:  # any bytes may be in the file; torch raises as many kinds
         raise AdapterError(
             f"{path}: expected a file written by train_sam3_lora.py, found one that cannot be "
-            "read safely (another kind, a damaged one, or one with code in it); name another"
+            f"read safely (another kind, damaged, or with code in it); name a {ADAPTER_FILE}"
         ) from error

@@ -123,7 +123,11 @@ def _parse(path: Path) -> yaml.Node | None:
             raise ConfigError(f"{path}: expected a YAML file of at most {MAX_CONFIG_BYTES} bytes")
         return _PlainLoader(data.decode("utf-8-sig")).get_single_node()
     except OSError as error:
-        reason = f"{error.strerror}; name another with --config"
+        beside = [p.name for p in path.parent.glob("*.y*ml")]
+        hint = f"name another with --config (a path begins in {Path.cwd()})"
+        if close := difflib.get_close_matches(path.name, beside, n=1):
+            hint = f"did you mean {path.with_name(close[0])}?"
+        reason = f"{error.strerror}; {hint}"
         raise ConfigError(f"config file {path} cannot be read: {reason}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -309,6 +313,22 @@ def check_stopping(config: Config, has_validation: bool) -> None:
             "training.early_stopping_patience: expected a validation split, found none; name one "
             "with --val_data_path, or set it to null"
         )
+
+
+def load_saved(path: Path) -> Config:
+    """The configuration that a run saved, to go on with it.
+
+    Raises:
+        ConfigError: as `load_config`; or a section is not there, of which `save_config` writes all.
+    """
+    found = _read_yaml(path, [])
+    absent = [s for s in SECTIONS if not any(KEYS[flag].section == s for flag in found)]
+    if absent:
+        raise ConfigError(
+            f"--resume: expected the settings of the run in {path}, found none of "
+            f"{', '.join(absent)}; copy those in best_model/ there over it, or start a new run"
+        )
+    return load_config(path, {})
 
 
 def check_same_settings(config: Config, earlier: Config) -> None:

@@ -74,6 +74,8 @@ class FlagParser(argparse.ArgumentParser):
         defaults = {"allow_abbrev": False, "add_help": False, "formatter_class": HelpFormatter}
         super().__init__(description=description, **{**defaults, **options})
         self._optionals.title = "other"
+        # No shell sees to `--flag=~/place`, nor to a `~` in quotes.
+        self.register("type", Path, expand)
         self.add_argument("-h", "--help", action="help", help="show this text and stop")
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -104,6 +106,11 @@ class FlagParser(argparse.ArgumentParser):
         """Prints `message` on one line, of several processes once, and exits with code 2."""
         text = f"error: {one_line(message)} (see {self.prog} --help)\n"
         self.exit(2, text if processes.is_main() else None)
+
+
+def expand(text: str) -> Path:
+    """A path, with `~` as the home folder."""
+    return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
 def _word_problems(words: Sequence[str], flags: Mapping[str, argparse.Action]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Image files: their size, their pixels, and which of them are refused."""
+"""Image files: those in a folder, their size, their pixels, and which of them are refused."""
 
 import re
 import struct
@@ -62,6 +62,26 @@ def open_image(path: Path, wanted: str = "an image") -> Iterator[Image.Image]:
     except IMAGE_ERRORS as error:
         message = f"expected {wanted} that PIL reads, found {path} ({error})"
         raise DatasetError(f"{message}; replace the file or leave it out") from error
+
+
+def list_images(path: Path, flag: str) -> list[Path]:
+    """The image at a path, or those directly in a folder, sorted; hidden files are skipped.
+
+    Raises:
+        DatasetError: There is none; `flag` is what named the path.
+    """
+    if not path.exists():
+        found = f"found no {path}; correct the path"
+        raise DatasetError(f"{flag}: expected an image or a folder of images, {found}")
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        found = "found none; name the folder that holds them"
+        raise DatasetError(f"{flag}: expected images ({kinds}) directly in {path}, {found}")
+    return images
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -359,7 +359,8 @@ def _refuse_outside(index: Path) -> None:
 
 def _access_hint(name: str, error: Exception) -> str:
     """One line for a model that could not be read, with both ways to get it."""
-    reason = textwrap.shorten(str(error), MAX_REASON, placeholder=" ...").rstrip(".")
+    first = re.split(r"[.!](?=\s)", " ".join(str(error).split()))[0]  # the others are advice
+    reason = textwrap.shorten(first, MAX_REASON, placeholder=" ...").rstrip(".")
     if not isinstance(error, OSError):  # the library's own sentences, complete
         reason = f"{type(error).__name__}: {reason}"
     if Path(name).is_dir():
@@ -368,10 +369,10 @@ def _access_hint(name: str, error: Exception) -> str:
             "with `hf download facebook/sam3 --local-dir DIR` and name DIR"
         )
     return (
-        f"model.name: no folder {name} here, and the hub did not give it ({reason}). Online: ask "
-        "for access at https://huggingface.co/facebook/sam3 and run `hf auth login`. Offline: name "
-        "the folder of a copy with --model_name DIR, or of a small random model that "
-        "demo/make_sam3_tiny.py writes"
+        f"model.name: no folder {name} in {Path.cwd()}, and the hub did not give it ({reason}). "
+        "Online: ask for access at https://huggingface.co/facebook/sam3 and run `hf auth login`. "
+        "Offline: name the folder of a copy with --model_name DIR. For a first try without it: "
+        "--model_name demo/sam3_tiny, the small model that is here"
     )
 
 

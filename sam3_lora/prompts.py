@@ -31,10 +31,10 @@ MAX_DIGITS = 9
 def parse_boxes(text: str) -> list[list[float]]:
     """The value of --bboxes as boxes_xyxy."""
     form = "expected '[[x1, y1, x2, y2], ...]' in pixels, found"
-    boxes = _parse_list(text, form)
+    boxes = _parse_list(text if "[" in text else f"[{text}]", form)
     if _is_box(boxes):
         raise argparse.ArgumentTypeError(
-            f"{form} one box without its outer brackets; did you mean '[{_show_box(boxes)}]'?"
+            f"{form} one box without its brackets; did you mean '[{_show_box(boxes)}]'?"
         )
     for box in boxes:
         if not _is_box(box):
@@ -191,4 +191,5 @@ def box_problems(path: Path, width: int, height: int, boxes_xyxy: list[list[floa
         return [f"--bboxes: {box} looks like fractions; {wanted}"]
     wanted = f"--bboxes: expected boxes inside {path} ({width} x {height} pixels)"
     outside = [b for b in boxes_xyxy if min(b) < 0 or b[2] > width or b[3] > height]
-    return [f"{wanted}, found {_show_box(box)}" for box in outside]
+    form = "a box is two corners, x1, y1, x2, y2, not a corner with width and height"
+    return [f"{wanted}, found {_show_box(box)}; {form}" for box in outside]
