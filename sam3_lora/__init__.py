@@ -31,6 +31,7 @@ files       writing files: whole or not at all
 checkpoint  the adapter file and the resume state
 runlog      where a run's figures go: log, table, curves, TensorBoard, Weights & Biases
 exchange    adapters in PEFT's format and with Meta's names, to and from ours
+card        the model card of an export
 scenes      drawn scenes: the demo task, and what the demo model knows
 intervals   bootstrap over images, thresholds chosen on a split
 report      the evidence: figures with intervals, on one HTML page

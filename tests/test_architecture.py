@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 36
+MAX_PACKAGE_FILES = 38
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -47,6 +47,7 @@ MAY_IMPORT = {
     | {"metrics", "model", "tiles"},
     "prompts": {"config", "forward", "geometry", "images", "prediction", "tiles"},
     "exchange": {"checkpoint", "lora_layers"},
+    "card": {"model"},
     "intervals": {"coco", "metrics"},
     "report": {"coco", "drawing", "intervals", "overview"},
     "drawing": {"files"},
