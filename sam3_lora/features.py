@@ -136,10 +136,11 @@ class FeatureCache:
         self, choices: list[tuple[str, ...]], views: int, limit_gb: float
     ) -> tuple[str, ...]:
         """The first choice of parts whose size is within the limit."""
-        for self.parts in choices:
+        for parts in choices:
+            self.parts = parts  # whose bytes are counted
             size = views * sum(map(self._view_bytes, range(len(self.texts)))) / 1e9
             if size <= limit_gb:
-                return self.parts
+                return parts
         raise FeatureError(
             f"training.cache_limit_gb: expected at most {limit_gb:g} GB, found at least {size:.3g} "
             "GB of features; lower --cache_views or the prompts (--prompt_pool, else "

@@ -80,6 +80,7 @@ class Forward:
         if self.compiled:
             self._see, self._heads = torch.compile(self._see), torch.compile(self._heads)
         for layer in self.model.vision_encoder.backbone.layers:
+            # Another `Forward` of the model may have put its own there.
             layer.mlp.__dict__.pop("forward", None)
             if self.checkpointing == "mlp":
                 layer.mlp.forward = partial(_recompute, layer.mlp.forward)
