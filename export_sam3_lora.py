@@ -72,15 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     folder = folder_parser(write)
     peft = commands.add_parser("peft", parents=[folder], help="for stock PEFT")
     merged = commands.add_parser("merge", parents=[folder], help="a merged model").add_argument
-    # fmt: off
-    peft.add_argument("--model_name", metavar="NAME",
-        help="base to name in config and card (default: the adapter's own)")
+    named = "base to name in config and card (default: the adapter's own)"
+    peft.add_argument("--model_name", metavar="NAME", help=named)
     merged("--model_name", metavar="NAME", help="base to merge into (default: the adapter's own)")
-    merged("--dtype", choices=DTYPES, default="fp32",
-        help="of the weights written; the sum is fp32 (default: fp32)")
-    merged("--video", action="store_true",
-        help="the whole Sam3VideoModel of a base that has a tracker")
-    # fmt: on
+    precision = "of the weights written; the sum is fp32 (default: fp32)"
+    merged("--dtype", choices=DTYPES, default="fp32", help=precision)
+    whole = "the whole Sam3VideoModel of a base that has a tracker"
+    merged("--video", action="store_true", help=whole)
     add_import_parser(commands, write)
     return parser
 
@@ -89,32 +87,27 @@ def folder_parser(write: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The flags that `peft` and `merge` share: an adapter, a folder, and what its card says."""
     folder = argparse.ArgumentParser(add_help=False, parents=[write])
     add = folder.add_argument
-    # fmt: off
     add("--lora_weights", type=Path, required=True, help="adapter file, or the folder it is in")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--license", metavar="ID", help="licence of adapter and data, for the card")
     metrics = "metrics.json of evaluate_sam3_lora.py"
     add("--metrics", type=Path, metavar="FILE", help=f"{metrics}, for the card's figures")
-    add("--stock_metrics", type=Path, metavar="FILE",
-        help=f"{metrics} of the same split with --model_geometry_cls hf: what stock calls give")
-    # fmt: on
+    stock = f"{metrics} of the same split with --model_geometry_cls hf: what stock calls give"
+    add("--stock_metrics", type=Path, metavar="FILE", help=stock)
     return folder
 
 
 def add_import_parser(commands: argparse._SubParsersAction, write: argparse.ArgumentParser) -> None:
     """Adds the subcommand `import`."""
-    add = commands.add_parser(
-        "import", parents=[write], help="from PEFT, or with Meta's names"
-    ).add_argument
-    # fmt: off
+    parser = commands.add_parser("import", parents=[write], help="from PEFT, or with Meta's names")
+    add = parser.add_argument
     add("--source", type=Path, required=True, help="PEFT's folder, or a .pt file")
     add("--output", type=Path, required=True, metavar="FILE", help=".pt to write")
-    add("--model_name", metavar="NAME",
-        help=f"base to hold it against (default: the source's own, else {PUBLISHED})")
+    base = f"base to hold it against (default: the source's own, else {PUBLISHED})"
+    add("--model_name", metavar="NAME", help=base)
     add("--alpha", type=float, help="LoRA's alpha, which Meta-named files do not hold")
-    add("--geometry_cls", choices=("meta", "hf"),
-        help="how it was trained (default: as the source says; meta with Meta's names, hf of PEFT)")
-    # fmt: on
+    trained = "how it was trained (default: as the source says; meta with Meta's names, hf of PEFT)"
+    add("--geometry_cls", choices=("meta", "hf"), help=trained)
 
 
 def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:

@@ -105,14 +105,14 @@ def build_card(
         calls += HOW_TO_MEASURE if len(figures) < 2 else ""
     python = VIDEO_SNIPPET.format(place=_quoted(place))
     if not video:
-        python = photo_use(content, base, place, is_peft=not merged_dtype)
+        python = _photo_use(content, base, place, is_peft=not merged_dtype)
     sections = {
-        "Prompts": prompt_table(content),
-        "Figures": figure_table(figures),
+        "Prompts": _prompt_table(content),
+        "Figures": _figure_table(figures),
         "Text-only calls": calls,
-        "Video": video_note(content) if video else None,
+        "Video": _video_note(content) if video else None,
         "Use": f"```python\n{python}\n```\n",
-        "Adapter": adapter_table(content),
+        "Adapter": _adapter_table(content),
     }
     link = f"[{base}](https://huggingface.co/{base})"
     of_base = f"`{base}`, a local folder of whoever exported it" if is_local else link
@@ -121,11 +121,11 @@ def build_card(
         title = "SAM 3 with a LoRA adapter merged into it"
         written = merged_dtype + (" (the sum is fp32)" if merged_dtype != "fp32" else "")
         about += f"The weights, in {written}, hold the base's: its licence applies to them too.\n"
-    head = f"{front_matter(base, bool(merged_dtype), license_id)}\n# {title}\n\n{about}"
+    head = f"{_front_matter(base, bool(merged_dtype), license_id)}\n# {title}\n\n{about}"
     return head + "".join(f"\n## {name}\n\n{text}" for name, text in sections.items() if text)
 
 
-def front_matter(base: str, merged: bool, license_id: str | None) -> str:
+def _front_matter(base: str, merged: bool, license_id: str | None) -> str:
     """The card's YAML; strings in JSON's form, which YAML reads."""
     fields = {"base_model": base if HUB_ID.fullmatch(base) else Path(base).name}
     fields["library_name"] = "transformers" if merged else "peft"
@@ -137,36 +137,36 @@ def front_matter(base: str, merged: bool, license_id: str | None) -> str:
     return "".join(["---\n", *rows, "---\n"])
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def _table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [head, ["---"] * len(head), *cells]
     return "".join(f"| {' | '.join(row)} |\n" for row in lines)
 
 
-def prompt_table(content: Mapping[str, Any]) -> str:
+def _prompt_table(content: Mapping[str, Any]) -> str:
     """The categories with their prompts and, where they were chosen, thresholds."""
     categories, thresholds = content.get("categories", {}), content.get("thresholds")
     if not categories:
         return "The adapter's file names none.\n"
     if not thresholds:
-        return table(["category", "prompt"], [list(pair) for pair in categories.items()])
+        return _table(["category", "prompt"], [list(pair) for pair in categories.items()])
     chosen = {name: f"{value:.3g}" for name, value in thresholds.items()}
     rows = [[name, phrase, chosen.get(name, "-")] for name, phrase in categories.items()]
-    return table(["category", "prompt", "threshold"], rows)
+    return _table(["category", "prompt", "threshold"], rows)
 
 
-def figure_table(columns: Mapping[str, Mapping[str, float | None]]) -> str:
+def _figure_table(columns: Mapping[str, Mapping[str, float | None]]) -> str:
     """A line a figure; one that is undefined says so."""
     names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
     if not names:
         return "The adapter's file holds none.\n"
     found = [[figures.get(name) for figures in columns.values()] for name in names]
     shown = [["undefined" if f is None else f"{f:.4g}" for f in row] for row in found]
-    return table(["", *columns], [[name, *row] for name, row in zip(names, shown, strict=True)])
+    return _table(["", *columns], [[name, *row] for name, row in zip(names, shown, strict=True)])
 
 
-def video_note(content: Mapping[str, Any]) -> str:
+def _video_note(content: Mapping[str, Any]) -> str:
     """What the merged adapter means for the tracker."""
     vision = len({n.rsplit(".", 1)[0] for n in content["lora"] if n.startswith("vision_encoder.")})
     if not vision:
@@ -177,7 +177,7 @@ def video_note(content: Mapping[str, Any]) -> str:
     )
 
 
-def photo_use(content: Mapping[str, Any], base: str, place: str, is_peft: bool) -> str:
+def _photo_use(content: Mapping[str, Any], base: str, place: str, is_peft: bool) -> str:
     """Python that loads the export with stock libraries and runs a prompt on photo.jpg."""
     category, prompt = next(iter(content.get("categories", {}).items()), ("", "car"))
     load = LOAD_PEFT if is_peft else LOAD_MERGED
@@ -194,7 +194,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def adapter_table(content: Mapping[str, Any]) -> str:
+def _adapter_table(content: Mapping[str, Any]) -> str:
     """What was adapted, and how."""
     lora = content["lora_config"]
     targets = ", ".join(lora.target_modules[:MAX_TARGETS])
@@ -207,4 +207,4 @@ def adapter_table(content: Mapping[str, Any]) -> str:
         "components": ", ".join(lora.components),
         "step": content.get("step", 0),
     }
-    return table(["", ""], [[name, str(value)] for name, value in rows.items()])
+    return _table(["", ""], [[name, str(value)] for name, value in rows.items()])

@@ -319,7 +319,11 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `step`."""
+    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `step`.
+
+    Raises:
+        AdapterError: absent, damaged, or of another step than the folder's.
+    """
     state, step = _read(folder / STATE_FILE), _step(folder)
     if not isinstance(state, dict) or state.get("step") != step:
         raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")

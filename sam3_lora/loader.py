@@ -1,4 +1,4 @@
-"""Items to batches: their order, the processes that read them, how they travel.
+"""Items to batches: their order, the steps they make, the processes that read them.
 
     worker:  items -> packed (numpy, masks as bits) --pipe--> unpacked -> batch    :training process
 

@@ -1,4 +1,4 @@
-"""Where a run's figures go while it trains.
+"""Where a run stands, and where its figures go while it trains.
 
     log.jsonl      a line a logged step and a validation; what follows is made from it
     metrics.csv    the same, as a table
