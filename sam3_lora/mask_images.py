@@ -336,7 +336,8 @@ def _read_values(path: Path, kind: str, size: tuple[int, int], photo: Path) -> n
         pixels = np.asarray(image)
     if pages > 1:
         found = f"expected a mask of one page, found {pages} in {path}"
-        raise DatasetError(f"{found}; of a 3-D stack, save each slice and its image as a file, or move both away")
+        remedy = "save each slice of a 3-D stack and of its image as a file, or move both away"
+        raise DatasetError(f"{found}; {remedy}")
     if lossy in LOSSY_FORMATS:
         found = f"expected masks as PNG or TIFF, found {path}, whose {lossy} compression"
         raise DatasetError(f"{found} changes values; export the masks as PNG")

@@ -358,7 +358,7 @@ def test_files_that_are_refused(tmp_path):
     file.unlink()
     pages = [Image.fromarray(index_map())] * 3
     pages[0].save(file.with_suffix(".tif"), save_all=True, append_images=pages[1:])
-    with pytest.raises(DatasetError, match="one page, found 3 in .*a.tif; of a 3-D stack, save"):
+    with pytest.raises(DatasetError, match="one page, found 3 in .*a.tif; save each slice"):
         read(tmp_path, NAMES)
 
 
