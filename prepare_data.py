@@ -32,8 +32,6 @@ from typing import Any
 from sam3_lora.coco import (
     CocoSplit,
     DatasetError,
-    check_prompts,
-    find_faults,
     find_split,
     read_coco,
     read_split,
@@ -41,7 +39,7 @@ from sam3_lora.coco import (
     write_splits,
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
-from sam3_lora.faults import parse_json
+from sam3_lora.faults import check_prompts, find_faults, parse_json
 from sam3_lora.files import write_picture
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 from sam3_lora.geometry import shown

@@ -304,7 +304,7 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
     names = [(row, clean_name(row.get("file_name"))) for row in payload["images"]]
     rows = [(row, images_dir / name) for row, name in names if name is not None]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda pair: list(_file_faults(*pair)), rows)
+        found = pool.map(lambda pair: list(file_faults(*pair)), rows)
         for faults in progress(found, "images", len(rows)):
             yield from faults
     listed = {path for _, path in rows}
@@ -353,8 +353,14 @@ def _copy_faults(payload: dict, images_dir: Path, folder: Path) -> Iterator[Faul
                 yield Fault("warning", kind, message, first, None, remedy)
 
 
-def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
-    """Faults of one image's file: absent, unreadable, cut short, of another size."""
+def file_faults(row: dict, path: Path, decode: bool = True) -> Iterator[Fault]:
+    """Yields the fault of one image's file: absent, unreadable, cut short, of another size.
+
+    Args:
+        row: The image's, with its width and height in pixels.
+        path: Of the file.
+        decode: Whether its pixels are read too, not its header alone.
+    """
     where = path, f"image {row.get('id')}"
     if not path.is_file():
         message = "expected an image file, found none"
@@ -365,13 +371,9 @@ def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
     except DatasetError as error:
         yield Fault("error", "unreadable image", str(error), *where, "remove its row")
         return
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except IMAGE_ERRORS as error:
-        reason = "truncated" if "truncated" in str(error) else error
+    if decode and (damage := _damage(path)):
         remedy = "replace the file or remove its row"
-        yield Fault("error", "unreadable image", f"cannot be read: {reason}", *where, remedy)
+        yield Fault("error", "unreadable image", f"cannot be read: {damage}", *where, remedy)
         return
     wanted = row.get("width"), row.get("height")
     if found != wanted:
@@ -381,6 +383,16 @@ def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
         if found == wanted[::-1]:
             remedy += "; if it is rotated by its EXIF tag, annotate it as shown"
         yield Fault("error", "image size", message, *where, remedy)
+
+
+def _damage(path: Path) -> str | None:
+    """What keeps an image's pixels from being read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except IMAGE_ERRORS as error:
+        return "truncated" if "truncated" in str(error) else str(error)
+    return None
 
 
 def _id_text(row: dict) -> str:

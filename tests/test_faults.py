@@ -14,7 +14,8 @@ from PIL import Image
 
 import prepare_data
 from sam3_lora import coco, faults, geometry, images
-from sam3_lora.coco import DatasetError, find_faults
+from sam3_lora.coco import DatasetError
+from sam3_lora.faults import find_faults
 
 WIDTH, HEIGHT = 40, 30
 SQUARE = [[2, 2, 20, 2, 20, 20, 2, 20]]

@@ -498,13 +498,3 @@ def test_real_label_maps(real_data, tmp_path, folder, objects):
     assert len(items) == len(np.unique(values)) - 1 == objects
     for item, value in zip(items, np.unique(values)[1:], strict=True):
         assert (mask_utils.decode(item["segmentation"]) == (values == value)).all()
-
-
-@pytest.mark.real_data
-def test_a_real_stack_is_refused(real_data, tmp_path, capsys):
-    folder = real_data / "stardist_labelmaps" / "stardist" / "data" / "images"
-    flags = ["--images_dir", str(folder), "--masks_dir", str(folder), "--classes", "nucleus"]
-    command = ["masks", *flags, "--kind", "instance", "--pattern", "img{stem}:mask{stem}"]
-    assert prepare_data.main([*command, "--output_dir", str(tmp_path)]) == 2
-    assert "expected a mask of one page, found 31 in" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
