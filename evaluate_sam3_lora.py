@@ -365,16 +365,17 @@ def store_thresholds(
 
 def draw_comparison(
     split: CocoSplit, base: list[dict[str, Any]], adapter: list[dict[str, Any]], threshold: float
-) -> np.ndarray:
+) -> tuple[np.ndarray, dict[int, int]]:
     """The annotations beside two models' COCO results of score >= threshold, on the images with the
-    most different categories."""
+    most different categories; and each category's colour."""
 
     def kinds(image: dict[str, Any]) -> int:
         return len({a["category_id"] for a in list_objects(split, image)})
 
     images = sorted(split.images, key=kinds, reverse=True)[:PANEL_IMAGES]
     pictures, colors = draw_rows(split, images, base, adapter, threshold)
-    return draw_panel(pictures, PANEL_TITLES, {split.phrase(c): k for c, k in colors.items()})
+    legend = {split.phrase(c): k for c, k in colors.items()}
+    return draw_panel(pictures, PANEL_TITLES, legend), colors
 
 
 def write_files(
@@ -399,10 +400,12 @@ def write_pictures(
 ) -> None:
     """Draws base beside adapter, and with --report the page; photos are read again."""
     models, threshold = [found[name] for name in FOUND[::-1]], metrics["score_threshold"]
-    write_picture(output_dir / "panel.png", draw_comparison(split, *models, threshold))
+    panel, colors = draw_comparison(split, *models, threshold)
+    write_picture(output_dir / "panel.png", panel)
     log.info("wrote %s", output_dir / "panel.png")
     if args.report:
-        examples = draw_examples(split, *models, metrics["report"]["per_image"], threshold)
+        per_image = metrics["report"]["per_image"]
+        examples = draw_examples(split, *models, per_image, threshold, colors)
         write_text(output_dir / "report.html", build_page(metrics, examples))
         log.info("wrote %s", output_dir / "report.html")
         say("\n" + verdict(metrics) + "\n")

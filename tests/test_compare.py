@@ -180,9 +180,9 @@ def test_the_images_with_the_most_categories_are_drawn(monkeypatch) -> None:
     drawn = []
     photo = np.full((10, 20, 3), 90, np.uint8)
     monkeypatch.setattr(report, "read_image", lambda p: drawn.append(p.name) or photo)
-    panel = evaluate_sam3_lora.draw_comparison(split, [], [], 0.5)
+    panel, colors = evaluate_sam3_lora.draw_comparison(split, [], [], 0.5)
     assert drawn == ["2.png", "5.png", "4.png", "1.png"]
-    assert panel.shape[1] == 3 * WIDTH + 4 * GUTTER
+    assert panel.shape[1] == 3 * WIDTH + 4 * GUTTER and colors == {0: 0, 1: 1, 2: 2}
 
 
 def test_the_table_of_both() -> None:

@@ -24,6 +24,7 @@ from sam3_lora import checkpoint, intervals, report
 from sam3_lora.coco import CocoSplit, encode_mask
 from sam3_lora.config import Config
 from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS
+from sam3_lora.drawing import PALETTE
 
 LORA = LoRAConfig(
     rank=2,
@@ -453,7 +454,24 @@ def test_numbers_are_never_a_negative_zero() -> None:
     assert report._number(-0.0001, signed=True) == "+0.000" and report._number(None) == "undefined"
 
 
-def test_the_pictures_of_a_report_are_small(tmp_path, monkeypatch, metrics) -> None:
+def test_a_category_has_one_colour_in_panel_and_report(monkeypatch) -> None:
+    split, _ = a_split({1: "a", 2: "b"})
+    box = {**split.annotations[1][0], "segmentation": None}
+    # The second image, which the panel draws first, has both; the report draws the first alone.
+    split.annotations[1] = [{**box, "category_id": 2}]
+    split.annotations[2] = [box, {**box, "category_id": 2, "bbox": [20, 20, 8, 8]}]
+    monkeypatch.setattr(report, "read_image", lambda path: np.full((SIDE, SIDE, 3), 90, np.uint8))
+    _, colors = evaluate_sam3_lora.draw_comparison(split, [], [], 0.5)
+    assert colors == {1: 0, 2: 1}
+    figures = {"F1": 0.0, "IoU": 0.0}
+    row = {"image_id": 1, "file_name": "1.png", "base": figures, "adapter": figures}
+    examples = report.draw_examples(split, [], [], [row], 0.5, colors)
+    picture = examples["Best images"][0][1][0]
+    drawn = [(picture == color).all(axis=-1).any() for color in PALETTE[:2]]
+    assert drawn == [False, True]
+
+
+def test_the_pictures_of_a_report_are_small(monkeypatch, metrics) -> None:
     split, results = a_split({1: "a", 2: "b"})
     noise = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8)
     split.images[0] |= {"width": 3000, "height": 2000}
