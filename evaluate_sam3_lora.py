@@ -48,7 +48,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lora_layers import AdapterError, remove_lora
 from sam3_lora import checkpoint, processes
@@ -276,14 +275,12 @@ def run_evaluation(
         "max_detections": config.evaluation.max_detections,
         "score_threshold": config.evaluation.score_threshold,
     }
-    progress = partial(tqdm, desc="images", disable=not processes.shows_progress())
     if tile:
-        return evaluate_tiles(
-            forward, split, progress(processes.share(split.images)), tile, **limits
-        )
+        images = processes.progress(processes.share(split.images), "images")
+        return evaluate_tiles(forward, split, images, tile, **limits)
     losses = compute_losses, count_targets
     found = {
-        kind: evaluate_split(forward, *losses, progress(own), split, **limits)
+        kind: evaluate_split(forward, *losses, processes.progress(own, "images"), split, **limits)
         for kind, own in batches.items()
     }
     summary, results = next(iter(found.values()))

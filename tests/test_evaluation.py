@@ -12,7 +12,7 @@ import torch
 import evaluate_sam3_lora
 import prepare_data
 from lora_layers import LoRAConfig, apply_lora, load_lora_state_dict, lora_modules
-from sam3_lora import checkpoint, evaluation
+from sam3_lora import checkpoint, evaluation, processes
 from sam3_lora.coco import CocoSplit
 from sam3_lora.config import Config, save_config
 from sam3_lora.forward import Forward
@@ -237,6 +237,14 @@ def test_an_adapter_is_read_once(run, adapter_file, tmp_path, monkeypatch) -> No
     monkeypatch.setattr(torch, "load", lambda *a, **k: reads.append(a) or load(*a, **k))
     assert run("--lora_weights", adapter_file, "--output_dir", tmp_path / "out")[0] == 0
     assert len(reads) == 1
+
+
+def test_off_a_terminal_the_log_tells_how_far_it_is(run, adapter_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LINE_SECONDS", 0)
+    for words in ([], ["--tile", 0.6]):
+        words = ["--lora_weights", adapter_file, "--output_dir", tmp_path / "out", *words]
+        code, err = run(*words, "--overwrite")
+        assert code == 0 and "INFO 2 of 3 images" in err
 
 
 def test_an_earlier_evaluation_is_renamed_or_replaced(run, adapter_file, tmp_path) -> None:
