@@ -95,6 +95,8 @@ log = logging.getLogger("evaluate")
 
 FOUND = ("detections.json", "base_detections.json")
 COMPARISON_FILES = ("base_detections.json", "panel.png", "report.html")
+# All that an evaluation writes into its folder.
+OWN_FILES = {"metrics.json", *FOUND, *COMPARISON_FILES}
 PANEL_IMAGES = 4
 BOOTSTRAP = 1000  # resamples of the images
 # How `PromptDataset` asks for the categories of an image.
@@ -176,7 +178,7 @@ def check_subject(args: argparse.Namespace) -> None:
         )
 
 
-def choose_output(args: argparse.Namespace, data: Path) -> Path:
+def choose_output(args: argparse.Namespace) -> Path:
     """Where the files go; ConfigError where an earlier evaluation there cannot be renamed."""
     beside = Path("outputs/base")
     if args.lora_weights and not args.base:
@@ -186,12 +188,14 @@ def choose_output(args: argparse.Namespace, data: Path) -> Path:
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"{flag}: expected a folder, found the file {output_dir}; name another")
     if (output_dir / "metrics.json").exists() and not args.replace:
-        named = (Path(), data, args.lora_weights, args.probe_dir)
-        used = [path.resolve() for path in named if path]
-        if any(path.is_relative_to(output_dir.resolve()) for path in used):
+        # Hidden ones are the system's, such as .DS_Store.
+        names = {path.name for path in output_dir.iterdir() if not path.name.startswith(".")}
+        others = sorted(names - OWN_FILES)
+        if others or Path().resolve() == output_dir.resolve():
+            found = others[0] if others else "that this command runs in it"
             raise ConfigError(
-                f"{flag}: {output_dir} holds an earlier evaluation, and files in use, so it is not "
-                "renamed; name another folder, or --overwrite the evaluation"
+                f"{flag}: expected nothing in {output_dir} but an earlier evaluation, to rename it, "
+                f"found {found}; name another folder, or --overwrite the evaluation alone"
             )
     check_writable(output_dir, flag)
     if args.calibrate:  # the adapter's file is replaced in its folder
@@ -419,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     compare = args.compare or args.report is not None
     # 1. The data and where to write, before any weight loads.
     folder = split_dir(args.data_dir, args.split)
-    output_dir = choose_output(args, folder)
+    output_dir = choose_output(args)
     split = read_images(folder, config)
     more, strangers = choose_more(args, split, config)
     # 2. Every category on every image.

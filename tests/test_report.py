@@ -209,6 +209,12 @@ def test_an_earlier_report_is_renamed_or_replaced(run, tmp_path) -> None:
     code, _, err = run(*words)
     assert code == 0 and "renamed to" in err
     assert {path.name for path in (tmp_path / "out.1").iterdir()} == FILES
+    # Nor is a folder that holds more: another tool's figures, a paper's pictures.
+    (tmp_path / "out" / "figure.pdf").write_text("mine", encoding="utf-8")
+    code, out, err = run(*words)
+    assert (code, out) == (2, "") and "found figure.pdf; name another folder" in err
+    assert (tmp_path / "out" / "figure.pdf").exists() and not (tmp_path / "out.2").exists()
+    (tmp_path / "out" / "figure.pdf").unlink()
     assert run("--output_dir", tmp_path / "out", "--overwrite")[0] == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"metrics.json", "detections.json"}
 
