@@ -192,10 +192,10 @@ def choose_output(args: argparse.Namespace) -> Path:
         names = {path.name for path in output_dir.iterdir() if not path.name.startswith(".")}
         others = sorted(names - OWN_FILES)
         if others or Path().resolve() == output_dir.resolve():
-            found = others[0] if others else "that this command runs in it"
+            found = others[0] if others else "the folder that this command runs in"
             raise ConfigError(
-                f"{flag}: expected nothing in {output_dir} but an earlier evaluation, to rename it, "
-                f"found {found}; name another folder, or --overwrite the evaluation alone"
+                f"{flag}: expected nothing but an earlier evaluation in {output_dir}, to "
+                f"rename it, found {found}; name another folder, or --overwrite the evaluation"
             )
     check_writable(output_dir, flag)
     if args.calibrate:  # the adapter's file is replaced in its folder
