@@ -4,9 +4,10 @@ Images are uint8 (H, W, 3) RGB, boxes xyxy in pixels. Line width and text follow
 size, so that a thumbnail and a 20-megapixel photo read alike.
 """
 
+import logging
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sam3_lora.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 # One colour a prompt; neighbours differ in hue and in lightness.
 PALETTE = (
@@ -46,7 +49,6 @@ TITLE_SIZE = 20  # of the font, pixels; the legend's is smaller
 LEGEND_SIZE = 15
 SHEET_CELL = (340, 420)  # height and width of a contact sheet's pictures, pixels
 SHEET_COLUMNS = 4
-EXAMPLES, MAX_EXAMPLES = 12, 24  # pictures on a sheet; the more where the categories need them
 BAR_SIZE = (32, 240)  # height and width of a category's bar with its name, pixels
 QUALITY_KEYS = ("ap", "ap50", "cgf1")  # of a validation
 LEGEND_INSIDE = 6  # curves; a legend of more hides them
@@ -214,22 +216,57 @@ def _fitted(text: str, font_size: int, width: int) -> tuple[str, ImageFont.FreeT
     room = width - 2 * max(1, font_size // 6)
     if len(text) > TAG_CHARACTERS:
         text = text[: TAG_CHARACTERS - 1] + "."
-    font = _font(font_size)
+    font = _font(font_size, text)
     if font.getlength(text) > room:
         font_size = max(MIN_FONT_SIZE, int(font_size * room / font.getlength(text)))
-        font = _font(font_size)
+        font = _font(font_size, text)
     while len(text) > 1 and font.getlength(text) > room:
         text = text[:-2] + "." if text.endswith(".") else text[:-1] + "."
     return text, font
 
 
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """A font that has the letters of a text, or a part of them where none has them all."""
+    return _load_font(_find_font(frozenset(map(ord, text)) - _letters(_own_font())), size)
+
+
+_load_font = cache(ImageFont.truetype)
+
+
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _own_font() -> str:
     """matplotlib's DejaVu Sans, which has Latin, Cyrillic, Greek, Arabic and more; PIL's own font
     has Latin alone."""
     import matplotlib  # slow to import
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+    return str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
+
+
+@cache
+def _letters(font: str) -> frozenset[int]:
+    """The code points that a font's file has."""
+    from matplotlib.ft2font import FT2Font  # slow to import
+
+    return frozenset(FT2Font(font).get_charmap())
+
+
+@cache
+def _find_font(missing: frozenset[int]) -> str:
+    """The first font of this machine that has letters which ours lacks, such as Chinese ones, and
+    Latin ones beside; ours where there are none, or no such font."""
+    from matplotlib.font_manager import findSystemFonts  # slow to import
+
+    wanted = missing | set(map(ord, "a0"))
+    for font in sorted(findSystemFonts()) if missing else ():
+        with suppress(RuntimeError, OSError):  # a damaged one
+            if wanted <= _letters(font):
+                return font
+    if missing:
+        letters = "".join(map(chr, sorted(missing)))
+        log.warning(
+            "no installed font has %s, drawn as boxes; install one, such as Noto Sans CJK", letters
+        )
+    return _own_font()
 
 
 def _tag_position(
@@ -296,41 +333,20 @@ def draw_panel(
         for left, width, cell in zip(lefts, widths, row, strict=True):
             panel.paste(Image.fromarray(cell), (left + (width - cell.shape[1]) // 2, top))
     for box, text, color in tags:
-        _draw_tag(draw, box, text, _font(LEGEND_SIZE), color)
+        _draw_tag(draw, box, text, _font(LEGEND_SIZE, text), color)
     return np.array(panel)
 
 
 def _place_legend(legend: Mapping[str, int], top: int, right: int) -> tuple[list[tuple], int]:
     """The legend's tags, (xyxy, text, colour), in as many lines as they need, and their end."""
-    x, tags, font = GUTTER, [], _font(LEGEND_SIZE)
+    x, tags = GUTTER, []
     for text, color in legend.items():
-        width, height = _tag_size(text, font)
+        width, height = _tag_size(text, _font(LEGEND_SIZE, text))
         if x > GUTTER and x + width + GUTTER > right:
             x, top = GUTTER, top + height + GUTTER
         tags.append(((x, top, x + width, top + height), text, PALETTE[color % len(PALETTE)]))
         x += width + GUTTER
     return tags, tags[-1][0][3] + GUTTER if tags else top
-
-
-def choose_examples(kinds: Sequence[set]) -> list[int]:
-    """Chooses images for `draw_sheet`, so that every category is seen where that is possible.
-
-    Args:
-        kinds: the categories in each image.
-
-    Returns:
-        Positions, at most EXAMPLES, or MAX_EXAMPLES where the categories need them; the same each
-        time.
-    """
-    order = random.Random(0).sample(range(len(kinds)), len(kinds))
-    chosen: list[int] = []
-    unseen = set().union(*kinds)
-    while unseen and len(chosen) < MAX_EXAMPLES:
-        best = max(order, key=lambda position: len(kinds[position] & unseen))
-        chosen.append(best)
-        unseen -= kinds[best]
-    rest = [position for position in order if position not in chosen]
-    return chosen + rest[: max(0, EXAMPLES - len(chosen))]
 
 
 def draw_sheet(

@@ -1,7 +1,11 @@
 """Overlays and curves: pixels where they belong, and nothing that makes them crash."""
 
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from PIL import Image
 
 from sam3_lora import drawing, files
@@ -88,6 +92,23 @@ def test_labels_in_other_scripts_are_readable():
         return bytes(drawing._font(40).getmask(text))
 
     assert len({ink(letter) for letter in "жщяΩשع\U0010ffff"}) == 7  # no two are the box
+
+
+def test_letters_that_our_font_lacks_come_from_an_installed_one(monkeypatch, caplog):
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    junk, *others = (str(folder / f"{name}.ttf") for name in ("none", "cmr10", "STIXGeneral"))
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [junk, *others])
+    drawing._find_font.cache_clear()
+    letter = "\u1d81"  # of STIX alone
+    assert Path(drawing._font(20, f"crack {letter} 0.87").path).name == "STIXGeneral.ttf"
+    assert Path(drawing._font(20, "crack 0.87").path).name == "DejaVuSans.ttf"
+    assert not caplog.records
+    for score in ("0.87", "0.86"):
+        assert Path(drawing._font(20, f"裂缝 {score}").path).name == "DejaVuSans.ttf"
+    assert [r.getMessage() for r in caplog.records] == [
+        "no installed font has 缝裂, drawn as boxes; install one, such as Noto Sans CJK"
+    ]
+    drawing._find_font.cache_clear()
 
 
 def test_boxes_alone_are_outlined_only():
@@ -229,18 +250,6 @@ def test_training_and_validation_loss_have_axes_of_their_own(tmp_path, monkeypat
         "validation quality": {"ap", "ap50", "cgf1"},
         "mean IoU": {"training", "validation"},
     }
-
-
-def test_examples_show_every_category():
-    kinds = [set(), {1}, {1, 2}, {3}, {2}] + [{1}] * 30
-    chosen = drawing.choose_examples(kinds)
-    assert chosen == drawing.choose_examples(kinds)
-    assert len(set(chosen)) == len(chosen) == drawing.EXAMPLES
-    assert {2, 3} <= set(chosen)
-    assert sorted(drawing.choose_examples(kinds[:3])) == [0, 1, 2]
-    many = [{k} for k in range(40)]
-    assert len(drawing.choose_examples(many)) == drawing.MAX_EXAMPLES
-    assert drawing.choose_examples([]) == []
 
 
 def test_a_box_may_be_named_and_not_outlined():
