@@ -444,7 +444,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """The rows of the taken frame of that number."""
     place = {"file_name": frame.file_name, "frame": frame.index}
-    for row, key in zip(coco_results(number, found, found["rles"]), ids, strict=True):
+    for row, key in zip(coco_results(number, found), ids, strict=True):
         yield {**row, **place, "prompt": texts[row["category_id"] - 1], "track_id": key}
 
 
