@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import evaluate_sam3_lora
-import prepare_data
 from lora_layers import LoRAConfig, apply_lora, load_lora_state_dict, lora_modules
 from sam3_lora import checkpoint, evaluation, processes
 from sam3_lora.coco import CocoSplit
@@ -183,12 +182,8 @@ def test_the_model_is_that_of_flags_adapter_and_config(case, caplog) -> None:
 
 
 @pytest.fixture(scope="module")
-def data_dir(write_source, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("evaluated")
-    source = write_source(root / "source", 3)
-    argv = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-    assert prepare_data.main([*argv, "--output_dir", str(root / "data"), "--split", "val"]) == 0
-    return root / "data"
+def data_dir(write_split, tmp_path_factory) -> Path:
+    return write_split(tmp_path_factory.mktemp("evaluated"), 3)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from PIL import Image
 
 import evaluate_sam3_lora
 import inference
-import prepare_data
 from lora_layers import AdapterError, LoRAConfig
 from sam3_lora import checkpoint, intervals, report
 from sam3_lora.coco import CocoSplit, encode_mask
@@ -52,15 +51,10 @@ def adapter(adapter_file, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data_dirs(write_source, tmp_path_factory) -> dict[str, Path]:
+def data_dirs(write_split, tmp_path_factory) -> dict[str, Path]:
     """Splits of three images: with masks, boxes only, and without any object."""
-    folders = {}
-    for kind in ("masks", "boxes", "empty"):
-        root = tmp_path_factory.mktemp(kind)
-        source = write_source(root / "source", 3, masks=kind != "boxes")
-        argv = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-        assert prepare_data.main([*argv, "--output_dir", str(root), "--split", "val"]) == 0
-        folders[kind] = root
+    root, kinds = tmp_path_factory.mktemp("data"), ("masks", "boxes", "empty")
+    folders = {k: write_split(root / k, 3, masks=k != "boxes") for k in kinds}
     file = folders["empty"] / "val" / "annotations.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**content, "annotations": []}), encoding="utf-8")
