@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from sam3_lora import processes
 from sam3_lora.faults import (
     clean_name,
     file_faults,
@@ -30,7 +31,6 @@ from sam3_lora.faults import (
     load_json,
     phrase_of,
     positions_by_id,
-    progress,
     record_faults,
 )
 from sam3_lora.geometry import mask_problem, segmentation_of
@@ -432,7 +432,7 @@ def _sources(split: CocoSplit) -> dict[str, Path]:
 def _fill(folder: Path, split: CocoSplit, sources: dict[str, Path], link: bool) -> bool:
     """Makes a split's folder: the images, then annotations.json; returns whether linking works."""
     (folder / "images").mkdir(parents=True)
-    for name, source in progress(sources.items(), "images"):
+    for name, source in processes.progress(sources.items(), "images"):
         copy = folder / "images" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:

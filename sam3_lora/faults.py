@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from sam3_lora import processes
 from sam3_lora.geometry import (
@@ -88,12 +87,6 @@ def find_faults(
     ]
 
 
-def progress(rows: Iterable, what: str, total: int | None = None) -> Iterable:
-    """Returns the rows under a progress bar: none off a terminal, nor for less than a second."""
-    off = not processes.shows_progress()
-    return tqdm(rows, what, total, delay=1, leave=False, disable=off)
-
-
 def check_prompts(prompts: Any, names: Iterable[str]) -> None:
     """Raises DatasetError unless `prompts` maps names of categories to phrases."""
     names = sorted(set(names))
@@ -131,7 +124,7 @@ def record_faults(payload: dict[str, Any], file: Path, thorough: bool = False) -
     image_at = positions_by_id(payload["images"])
     category_at = positions_by_id(kept_categories(payload))
     used_images, used_categories, suspects = set(), set(), []
-    for row in progress(payload["annotations"], "annotations"):
+    for row in processes.progress(payload["annotations"], "annotations"):
         image = find_position(image_at, row.get("image_id"))
         category = find_position(category_at, row.get("category_id"))
         used_images.add(image)
@@ -317,7 +310,7 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
     rows = [(row, images_dir / name) for row, name in names if name is not None]
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda pair: list(file_faults(*pair)), rows)
-        for faults in progress(found, "images", len(rows)):
+        for faults in processes.progress(found, "images", len(rows)):
             yield from faults
     listed, root = {path for _, path in rows}, images_dir.resolve()
     for path in sorted(listed):
