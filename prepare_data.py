@@ -35,8 +35,6 @@ import sam3_lora.startup  # noqa: F401  # isort: skip
 from sam3_lora.coco import (
     CocoSplit,
     DatasetError,
-    check_prompts,
-    find_faults,
     find_split,
     read_coco,
     read_split,
@@ -44,7 +42,7 @@ from sam3_lora.coco import (
     write_splits,
 )
 from sam3_lora.config import ConfigError, setup_logging, user_errors
-from sam3_lora.faults import parse_json
+from sam3_lora.faults import check_prompts, find_faults, parse_json
 from sam3_lora.files import write_picture
 from sam3_lora.flags import FlagParser
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
@@ -228,18 +226,10 @@ def read_source(args: argparse.Namespace) -> CocoSplit:
         source = skip_missing(read_coco(args.coco_json, args.images_dir))
         return order_categories(source, class_names(args.classes))
     if args.command == "masks":
-        classes = args.classes
-        if classes and (classes.lstrip().startswith("{") or os.path.isfile(classes)):
-            classes = read_json("--classes", classes, '{"7": "road"}')
-            if not isinstance(classes, dict):
-                found = f"expected --classes as a JSON object, found {type(classes).__name__}"
-                raise DatasetError(f'{found}; write {{"7": "road"}} or {{"road": "#804080"}}')
-        else:
-            classes = class_names(classes)
         return read_masks(
             args.images_dir,
             args.masks_dir,
-            classes,
+            mask_classes(args.classes),
             args.kind,
             whole=args.whole,
             min_pixels=args.min_pixels,
@@ -265,6 +255,17 @@ def class_names(text: str | None) -> list[str] | None:
         found = f"expected --classes as names that differ, found {shown(text)}"
         raise DatasetError(f'{found}; write them as "person,car"')
     return names
+
+
+def mask_classes(text: str | None) -> list[str] | dict[str, Any] | None:
+    """Returns the names of `--classes`, or its table, as JSON or a file of it."""
+    if not text or not (text.lstrip().startswith("{") or os.path.isfile(text)):
+        return class_names(text)
+    table = read_json("--classes", text, '{"7": "road"}')
+    if not isinstance(table, dict):
+        found = f"expected --classes as a JSON object, found {type(table).__name__}"
+        raise DatasetError(f'{found}; write {{"7": "road"}} or {{"road": "#804080"}}')
+    return table
 
 
 def order_categories(source: CocoSplit, names: list[str] | None) -> CocoSplit:
@@ -414,18 +415,15 @@ def validate(args: argparse.Namespace) -> int:
     faults = find_faults(annotations_file, images_dir, count_tokens)
     fatal = any(fault.fatal for fault in faults)
     split = None if fatal else read_coco(annotations_file, images_dir, checked=True)
-    if args.json:
-        report = json_report(annotations_file, split, faults)
-    else:
+    report = json_report(annotations_file, split, faults)
+    if not args.json:
         counts = "" if split is None else summary(split)
         sys.stdout.write(f"{annotations_file}\n{counts}{fault_report(faults)}")
     if args.fix is not None:
         folder, done = mend_split(annotations_file, images_dir, faults, args.fix, args.split)
         faults, split = find_faults(*find_split(folder), count_tokens), read_split(folder)
-        if args.json:
-            mended = json_report(split.annotations_file, split, faults)
-            report["mended"] = {"done": done, **mended}
-        else:
+        report["mended"] = {"done": done, **json_report(split.annotations_file, split, faults)}
+        if not args.json:
             lines = [f"{count:7d}  {words}\n" for words, count in done.items()]
             sys.stdout.write(f"\nmended copy {folder}\n{''.join(lines)}{fault_report(faults)}")
     if args.json:

@@ -42,7 +42,6 @@ from sam3_lora import checkpoint, engine, memory, processes, runlog
 from sam3_lora.coco import CocoSplit, DatasetError, read_splits
 from sam3_lora.config import (
     Config,
-    ConfigError,
     check_same_settings,
     check_stopping,
     check_trainable,
@@ -73,7 +72,7 @@ from sam3_lora.model import (
     num_queries,
     train_adapted,
 )
-from sam3_lora.options import MOST_USED, OutputSection, find_doubts, find_idle
+from sam3_lora.options import MOST_USED, OutputSection, find_idle
 from sam3_lora.overview import detections_panel
 
 log = logging.getLogger("train")
@@ -234,7 +233,7 @@ def open_folder(run: Run, output: OutputSection) -> None:
     trainable, base = count_parameters(forward.model)
     place = f"{forward.device}, {forward.dtype}, checkpointing {forward.checkpointing}"
     share = f"{trainable:,} trainable of {base:,} ({100 * trainable / base:.3f} %)"
-    log.info("%s, %s: %s", engine.environment(Path(__file__)), place, share)
+    log.info("%s, %s: %s", runlog.environment(Path(__file__)), place, share)
     if moved:
         log.warning("%s held an earlier run: renamed to %s", run.folder, moved)
     describe_run(run)
@@ -270,8 +269,6 @@ def describe_run(run: Run) -> None:
         log.warning("the training split has no object: every prompt is trained as absent")
     elif not run.forward.masks:
         log.warning("the training split has no masks: training on boxes, without the mask loss")
-    for words in find_doubts(run.config, len(run.train_set), run.plan.images_per_step):
-        log.warning("%s", words)
     for words in find_idle(run.config, run.plan.evaluations(run.config.training.eval_steps)):
         log.warning("without effect: %s", words)
     if run.plan.warmup_steps < run.config.training.warmup_steps:
@@ -287,11 +284,6 @@ def resume(run: Run) -> None:
     run.at.resume(state)
     run.plan.resume(state)
     run.skips.in_a_row, run.skips.total = state.get("skips", (0, 0))
-    if run.at.step > run.plan.total_steps:
-        raise ConfigError(
-            f"--resume: expected more steps than the {run.at.step} that are done, found "
-            f"{run.plan.total_steps}; raise --max_steps or --num_epochs"
-        )
     finished = "; it stopped early: raise --early_stopping_patience" if run.at.stopped else ""
     if run.at.step >= run.plan.total_steps:
         finished = "; it is finished: raise --max_steps or --num_epochs"

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_layers import LoRALinear  # noqa: E402
 from sam3_lora.config import user_errors  # noqa: E402
-from sam3_lora.engine import environment  # noqa: E402
 from sam3_lora.flags import FlagParser  # noqa: E402
+from sam3_lora.runlog import environment  # noqa: E402
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 KINDS = ("linear", "peft", "ours")

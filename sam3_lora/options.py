@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 MAX_SEED = 2**32 - 1  # NumPy's limit
-MAX_LR_FACTOR = 100  # of the default learning rate: the demo's small model takes 40
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
 _OVER_QUERIES = ("cap", "tile", "error")
@@ -219,28 +218,6 @@ def find_idle(config: Config, evaluations: int) -> list[str]:
     if training.early_stopping_patience and training.early_stopping_patience >= evaluations:
         idle.append(f"early_stopping_patience with {evaluations} evaluations in all")
     return idle
-
-
-def find_doubts(config: Config, images: int, images_per_step: int) -> list[str]:
-    """Values that are allowed and hardly meant; for a warning.
-
-    Args:
-        config: the resolved configuration.
-        images, images_per_step: of the training split, and of a step of all processes.
-    """
-    doubts, training = [], config.training
-    if images_per_step > images:
-        doubts.append(
-            f"a step is {images_per_step} images (batch_size x gradient_accumulation_steps x "
-            f"processes), and there are {images}: each epoch is one step; lower batch_size"
-        )
-    usual = KEYS["learning_rate"].default
-    if training.learning_rate > MAX_LR_FACTOR * usual:
-        doubts.append(
-            f"learning_rate {training.learning_rate:g} is more than {MAX_LR_FACTOR} times the "
-            f"default {usual:g}: training may diverge; lower it"
-        )
-    return doubts
 
 
 SECTIONS = tuple(item.name for item in fields(Config))
