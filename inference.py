@@ -469,6 +469,8 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 photo = coco.read_image(path)
             except DatasetError as error:
+                if len(images) == 1:
+                    raise
                 log.error("left out: %s", error)
                 unread.append(path)
                 continue

@@ -31,7 +31,8 @@ MAX_DIGITS = 9
 def parse_boxes(text: str) -> list[list[float]]:
     """The value of --bboxes as boxes_xyxy."""
     form = "expected '[[x1, y1, x2, y2], ...]' in pixels, found"
-    boxes = _parse_list(text if "[" in text else f"[{text}]", form)
+    numbers = ",".join(text.replace(",", " ").split())
+    boxes = _parse_list(text if "[" in text else f"[{numbers}]", form)
     if _is_box(boxes):
         raise argparse.ArgumentTypeError(
             f"{form} one box without its brackets; did you mean '[{_show_box(boxes)}]'?"

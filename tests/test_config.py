@@ -448,3 +448,11 @@ def test_options_without_effect_are_told() -> None:
     active = {"box_prompt_probability": 0.5, "cache_features": "ram"}
     assert find_idle(load_config(None, given | active), 6) == []
     assert find_idle(Config(), 0) == []
+
+
+def test_a_misspelt_file_names_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "demo_config.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean .*demo_config.yaml[?]$"):
+        load_config(tmp_path / "demo_confg.yaml", {})
+    with pytest.raises(ConfigError, match="name another with --config .a path begins in /"):
+        load_config(tmp_path / "mine.yaml", {})

@@ -93,6 +93,15 @@ def test_list_flag_takes_spaces_and_commas(words: list[str]) -> None:
     assert config.lora.target_modules == ("q_proj", "v_proj")
 
 
+def test_home_is_found_without_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(ROOT))
+    made = FlagParser("A script.")
+    made.add_argument_group("what to run on").add_argument("--image", type=Path)
+    assert made.parse_args(["--image=~/a.jpg"]).image == ROOT / "a.jpg"
+    assert made.parse_args(["--image", "~x/a.jpg"]).image == Path("~x/a.jpg")
+
+
 def test_flag_takes_null() -> None:
     config = from_flags("--max_steps", "null", "--val_data_path", "none")
     assert config.training.max_steps is None and config.training.val_data_path is None

@@ -250,7 +250,10 @@ def test_filters_reach_the_outputs(run, photo, tmp_path) -> None:
 REFUSED = {
     "no prompt": ([], "expected --text_prompt or --bboxes, found neither; say what to find"),
     "empty text": (["--text_prompt", " "], "--text_prompt: expected words"),
-    "not JSON": (["--bboxes", "10 20 30 40"], r"argument --bboxes: expected '\[\[x1"),
+    "not JSON": (["--bboxes", "here"], r"argument --bboxes: expected '\[\[x1"),
+    "bare box": (["--bboxes", "10,15,40,35"], r"did you mean '\[\[10, 15, 40, 35\]\]'\?"),
+    "four words": (["--bboxes", "10", "15", "40", "35"], r"expected '\[\[x1, y1, x2, y2\]"),
+    "width, height": (["--bboxes", "[[60, 2, 50, 8]]"], "expected two corners"),
     "no box": (
         ["--bboxes", "[]"],
         r"expected '\[\[x1, y1, x2, y2\], ...\]' in pixels, found '\[\]",
@@ -263,6 +266,7 @@ REFUSED = {
     "not finite": (["--bboxes", "[[1, 2, 3, NaN]]"], "found the box"),
     "inverted": (["--bboxes", "[[9, 2, 3, 8]]"], r"x1 < x2 and y1 < y2, found the box \[9, 2, 3"),
     "beyond": (["--bboxes", "[[9, 2, 97, 8]]"], r"inside .*\(96 x 64 pixels\), found \[9, 2, 97"),
+    "over the edge": (["--bboxes", "[[60, 2, 99, 8]]"], "two corners, .* not a corner with width"),
     "negative": (["--bboxes", "[[-1, 2, 9, 8]]"], r"expected boxes inside .* found \[-1, 2"),
     "label count": (["--bboxes", BOX, "--bbox_labels", "[1, 0]"], r"each box .*\(1\), found 2"),
     "labels alone": (["--text_prompt", "x", "--bbox_labels", "[1]"], r"each box .*\(0\), found 1"),
@@ -310,9 +314,9 @@ def bad_image(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing.jpg", "expected an image or a folder of images, found no .*missing.jpg"),
+        ("missing.jpg", "an image or a folder of images, found no .*missing.jpg; correct the path"),
         ("text.jpg", "expected an image that PIL reads, found .*text.jpg"),
-        ("empty", r"expected images \(.bmp, .*\) in .*empty, found none"),
+        ("empty", r"images \(.bmp, .*\) directly in .*empty, found none; name the folder that"),
         ("mixed", "broken0.jpg .*broken1.jpg .*broken2.jpg .*; 2 more"),
     ],
 )
@@ -320,6 +324,22 @@ def test_bad_images_are_refused_before_any_work(run, tmp_path, kind, message) ->
     out = tmp_path / "out"
     words = ["--image", bad_image(kind, tmp_path), "--text_prompt", "x", "--output", out]
     assert re.search(message, refusal(run(*words), out))
+
+
+def test_a_photo_cut_short_in_a_folder_is_left_out(run, tmp_path) -> None:
+    folder, out, rows = tmp_path / "photos", tmp_path / "out", tmp_path / "all.json"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        save_photo(folder / f"{name}.jpg")
+    (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:-600])
+    words = ["--image", folder, "--text_prompt", "x", "--output", out, "--json", rows]
+    code, lines, err = run(*words)
+    assert code == 2 and [line.split(":")[0] for line in lines] == ["a.jpg", "c.jpg"]
+    assert f"left out: expected an image that PIL reads, found {folder / 'b.jpg'}" in err
+    last = f"error: expected 3 whole images, found 1 that cannot be read, the first {folder}"
+    assert err.splitlines()[-1].startswith(last)
+    assert {path.name for path in out.iterdir()} == {"a_overlay.png", "c_overlay.png"}
+    assert {row["image_id"] for row in read_json(rows)} == {1, 3}
 
 
 def test_a_photo_cut_short_leaves_nothing_behind(run, photo, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -354,6 +355,24 @@ def test_a_resumed_run_keeps_its_settings(run_dir, tiny_model_dir, data_dir, cap
     error = capsys.readouterr().err.splitlines()[-1]
     assert "lora.alpha 16.0 -> 480.0; training.learning_rate 0.0001 -> 0.9" in error
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_resume_that_cannot_go_on_changes_nothing(
+    emptied, run_dir, tiny_model_dir, data_dir, tmp_path, capsys
+):
+    output = tmp_path / "run"
+    shutil.copytree(run_dir, output)
+    if emptied:
+        (output / "config.yaml").write_text("")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    args = [*train_args(tiny_model_dir, data_dir, output), "--max_steps", "2"]
+    assert train_sam3_lora.main([*args, "--resume"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    asked = "--resume: expected at least the 3 steps that are done, found 2 in all; raise --max_st"
+    asked = "--resume: expected the settings of the run in" if emptied else asked
+    assert error.startswith(f"error: {asked}")
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_max_steps_may_exceed_the_epochs(tiny_model_dir, data_dir, tmp_path):
