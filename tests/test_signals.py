@@ -86,21 +86,10 @@ class TestSignals:
 
             def log_steps(run_, epoch):
                 if run_.at.step == 2:
-                    ((code, text),) = fork(
-                        lambda _: (
-                            subprocess.run(
-                                [
-                                    sys.executable,
-                                    str(ROOT / "train_sam3_lora.py"),
-                                    *train_args(run),
-                                ],
-                                check=False,
-                            ).returncode
-                        ),
-                        tmp_path / "b",
-                    )
-                    assert code == 2
-                    assert "error: output_dir: expected a folder that no other run" in text
+                    command = [sys.executable, str(ROOT / "train_sam3_lora.py"), *train_args(run)]
+                    done = subprocess.run(command, capture_output=True, text=True, check=False)
+                    assert done.returncode == 2
+                    assert "error: output_dir: expected a folder that no other" in done.stderr
                 return started(run_, epoch)
 
             train_sam3_lora.log_steps = log_steps
