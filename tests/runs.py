@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,13 +108,13 @@ def assert_close(one, two, relative: float = 1e-9, absolute: float = 1e-12) -> N
         assert one == two
 
 
-def stop_at(step: int, number: int | None) -> None:
-    """Sends this process a signal as it logs a step."""
+def at_step(step: int, act: Callable[[], object]) -> None:
+    """Has this process do something as its run logs a step."""
     original = train_sam3_lora.log_steps
 
     def log_steps(run, epoch):
-        if run.at.step == step and number:
-            os.kill(os.getpid(), number)
+        if run.at.step == step:
+            act()
         return original(run, epoch)
 
     train_sam3_lora.log_steps = log_steps
