@@ -127,14 +127,12 @@ def train_args(tiny_model_dir: Path, run_data: Path) -> Callable[..., list[str]]
     """`train_args(output, *more)`: flags of a run of 6 steps in 3 epochs, every second of one
     image."""
 
+    from runs import run_flags  # after the environment above is set
+
     def build(output: Path, *more: str) -> list[str]:
-        return [
-            *("--config", str(ROOT / "configs" / "minimal_lora_config.yaml")),
-            *("--model_name", str(tiny_model_dir), "--train_data_path", str(run_data / "train")),
-            *("--output_dir", str(output), "--num_workers", "0", "--batch_size", "4"),
-            *("--num_epochs", "3", "--logging_steps", "1", "--prompts_per_image", "3"),
-            *("--lora_apply_to_mask_decoder", "true", "--learning_rate", "1e-3", *more),
-        ]
+        own = ["--lora_apply_to_mask_decoder", "true", "--learning_rate", "1e-3"]
+        own += ["--batch_size", "4", "--num_epochs", "3"]
+        return run_flags(tiny_model_dir, run_data, output, *own, *more)
 
     return build
 

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     | {"processes"},
     "scenes": {"coco"},
     "engine": {"processes"},
-    "features": {"files", "loader", "processes"},
+    "features": {"dataset", "files", "forward", "loader", "processes"},
     "memory": {"forward", "lora_layers", "losses", "model"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
     | {"metrics", "model", "tiles"},
