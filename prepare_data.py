@@ -103,23 +103,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_labelling_tools(
-    commands: argparse._SubParsersAction, write: argparse.ArgumentParser
+def add_validate_parser(
+    commands: argparse._SubParsersAction, split: argparse.ArgumentParser
 ) -> None:
-    """Adds the commands of formats that name the class of each object."""
-    optional = argparse.ArgumentParser(add_help=False, parents=[write])
-    names = 'categories in order as "person,car"; else those of the objects, sorted by name'
-    optional.add_argument("--classes", help=names)
-    voc = commands.add_parser("voc", parents=[optional], help="Pascal VOC boxes")
-    folders = "folder of Annotations/ and JPEGImages/, or of XML files beside their images"
-    voc.add_argument("--voc_dir", type=Path, required=True, help=folders)
-    labelme = commands.add_parser("labelme", parents=[optional], help="LabelMe shapes")
-    folders = "folder of JSON files beside their images"
-    labelme.add_argument("--labelme_dir", type=Path, required=True, help=folders)
-    via = commands.add_parser("via", parents=[optional], help="VGG Image Annotator 1 or 2")
-    via.add_argument("--via_json", type=Path, required=True, help="export or project")
-    via.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
-    via.add_argument("--class_attribute", help="region attribute of the class; else the only one")
+    """Adds the subcommand `validate`."""
+    check = commands.add_parser("validate", parents=[split], help="check a split")
+    check.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
+    )
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    check.add_argument(
+        "--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder"
+    )
+    check.add_argument(
+        "--preview", type=Path, metavar="PNG", help="draw images, with --fix of the copy"
+    )
+    check.add_argument(
+        "--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer"
+    )
 
 
 def add_masks_parser(commands: argparse._SubParsersAction, write: argparse.ArgumentParser) -> None:
@@ -176,32 +177,31 @@ def add_split_parser(commands: argparse._SubParsersAction, place: argparse.Argum
     divide.add_argument("--seed", type=parse_seed, default=0, help="of the draw (default: 0)")
 
 
-def add_validate_parser(
-    commands: argparse._SubParsersAction, split: argparse.ArgumentParser
-) -> None:
-    """Adds the subcommand `validate`."""
-    check = commands.add_parser("validate", parents=[split], help="check a split")
-    check.add_argument(
-        "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
-    )
-    check.add_argument("--json", action="store_true", help="print the report as JSON")
-    check.add_argument(
-        "--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder"
-    )
-    check.add_argument(
-        "--preview", type=Path, metavar="PNG", help="draw images, with --fix of the copy"
-    )
-    check.add_argument(
-        "--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer"
-    )
-
-
 def parse_seed(text: str) -> int:
     """Returns the value of --seed."""
     if not text.isdecimal() or len(text) > SEED_DIGITS:
         expected = f"expected a whole number from 0, of {SEED_DIGITS} digits at most"
         raise argparse.ArgumentTypeError(f"{expected}, found {shown(text)}")
     return int(text)
+
+
+def add_labelling_tools(
+    commands: argparse._SubParsersAction, write: argparse.ArgumentParser
+) -> None:
+    """Adds the commands of formats that name the class of each object."""
+    optional = argparse.ArgumentParser(add_help=False, parents=[write])
+    names = 'categories in order as "person,car"; else those of the objects, sorted by name'
+    optional.add_argument("--classes", help=names)
+    voc = commands.add_parser("voc", parents=[optional], help="Pascal VOC boxes")
+    folders = "folder of Annotations/ and JPEGImages/, or of XML files beside their images"
+    voc.add_argument("--voc_dir", type=Path, required=True, help=folders)
+    labelme = commands.add_parser("labelme", parents=[optional], help="LabelMe shapes")
+    folders = "folder of JSON files beside their images"
+    labelme.add_argument("--labelme_dir", type=Path, required=True, help=folders)
+    via = commands.add_parser("via", parents=[optional], help="VGG Image Annotator 1 or 2")
+    via.add_argument("--via_json", type=Path, required=True, help="export or project")
+    via.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
+    via.add_argument("--class_attribute", help="region attribute of the class; else the only one")
 
 
 def create_folders(output_dir: Path) -> None:
