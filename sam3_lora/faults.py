@@ -201,8 +201,8 @@ def _count_faults(payload: dict, file: Path) -> Iterator[Fault]:
         if count > QUERY_LIMIT:
             message = f"{count} objects of {shown(rows[category].get('name'))}, "
             message += f"the model finds at most {QUERY_LIMIT} of one prompt in an image"
-            where = file, f"image {_id_text(images[image])}"
-            yield Fault("warning", "crowded image", message, *where, "cut the image into tiles")
+            where, remedy = f"image {_id_text(images[image])}", "train with --over_queries tile"
+            yield Fault("warning", "crowded image", message, file, where, remedy)
     if not objects:
         return
     (most, high), (least, low) = objects.most_common()[0], objects.most_common()[-1]

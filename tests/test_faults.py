@@ -261,6 +261,7 @@ def test_a_set_as_a_whole(tmp_path):
     found = {fault.kind: fault for fault in report(folder)}
     assert matches("201 objects of 'car', the model finds at most 200", found["crowded image"])
     assert found["crowded image"].id == "image 1"
+    assert "--over_queries tile" in found["crowded image"].remedy
     assert matches("'car' has 201 objects, 'van of .* has 1$", found["imbalance"])
     assert matches(r"has at least 39 tokens", found["long prompt"])
     assert matches("2 file names differ in capitals only, such as '1.png'", found["names alike"])
