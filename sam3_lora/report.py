@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3_lora.coco import CocoSplit, read_image
+from sam3_lora.coco import CocoSplit
 from sam3_lora.drawing import to_cell
+from sam3_lora.images import read_image
 from sam3_lora.intervals import (
     FEW_OBJECTS,
     Evaluated,

@@ -19,8 +19,9 @@ import inference
 from lora_layers import LoRAConfig, apply_lora, lora_modules
 from sam3_lora import checkpoint
 from sam3_lora import forward as forward_module
-from sam3_lora.coco import decode_mask, read_image
+from sam3_lora.coco import decode_mask
 from sam3_lora.config import Config, save_config
+from sam3_lora.images import read_image
 from sam3_lora.model import load_model
 
 SIZE = (96, 64)  # width, height
