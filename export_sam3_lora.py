@@ -34,7 +34,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from lora_layers import AdapterError, apply_lora, load_lora_state_dict, remove_lora
-from sam3_lora import checkpoint
+from sam3_lora import card, checkpoint
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
 from sam3_lora.evaluation import validation_figures
 from sam3_lora.exchange import PEFT_CONFIG, fit, portable_name, read_source, write_peft
@@ -55,31 +55,6 @@ CARD = "README.md"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Characters of a server's answer in a message.
 MAX_REASON = 200
-# Targets that a card lists: an imported adapter may name each layer.
-MAX_TARGETS = 12
-
-TOKEN_NOTES = {
-    "meta": """\
-Trained as SAM 3 itself was, with the geometry encoder's image token beside the text
-(`geometry_cls: meta`). A stock text-only call of `Sam3Model`, and `Sam3VideoModel`, leave that
-token out, so the model then reads other inputs than it was trained on and may find less.""",
-    "hf": """\
-Trained without the geometry encoder's image token (`geometry_cls: hf`), as stock text-only calls of
-`Sam3Model` and `Sam3VideoModel` run: they give what was trained.""",
-}
-HOW_TO_MEASURE = """\
-The difference was not measured here. Evaluate the adapter twice on one split, as trained and with
-`--model_geometry_cls hf`, and export it again with both `metrics.json`:
-
-    python evaluate_sam3_lora.py --lora_weights ADAPTER --output_dir as_trained
-    python evaluate_sam3_lora.py --lora_weights ADAPTER --output_dir stock --model_geometry_cls hf
-    python export_sam3_lora.py COMMAND --lora_weights ADAPTER --output_dir DIR \\
-        --metrics as_trained/metrics.json --stock_metrics stock/metrics.json"""
-VIDEO_SNIPPET = """\
-from transformers import Sam3VideoModel, Sam3VideoProcessor
-model = Sam3VideoModel.from_pretrained({folder!r}).eval()
-# The processor needs the base's video processor; where it has none, name facebook/sam3.
-processor = Sam3VideoProcessor.from_pretrained({folder!r})"""
 
 
 class HubError(ValueError):
@@ -97,15 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     folder = folder_parser(write)
     peft = commands.add_parser("peft", parents=[folder], help="for stock PEFT")
     merged = commands.add_parser("merge", parents=[folder], help="a merged model").add_argument
-    # fmt: off
-    peft.add_argument("--model_name", metavar="NAME",
-        help="base to name in config and card (default: the adapter's own)")
+    named = "base to name in config and card (default: the adapter's own)"
+    peft.add_argument("--model_name", metavar="NAME", help=named)
     merged("--model_name", metavar="NAME", help="base to merge into (default: the adapter's own)")
-    merged("--dtype", choices=DTYPES, default="fp32",
-        help="of the weights written; the sum is fp32 (default: fp32)")
-    merged("--video", action="store_true",
-        help="the whole Sam3VideoModel of a base that has a tracker")
-    # fmt: on
+    precision = "of the weights written; the sum is fp32 (default: fp32)"
+    merged("--dtype", choices=DTYPES, default="fp32", help=precision)
+    whole = "the whole Sam3VideoModel of a base that has a tracker"
+    merged("--video", action="store_true", help=whole)
     add_import_parser(commands, write)
     return parser
 
@@ -114,32 +87,27 @@ def folder_parser(write: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The flags that `peft` and `merge` share: an adapter, a folder, and what its card says."""
     folder = argparse.ArgumentParser(add_help=False, parents=[write])
     add = folder.add_argument
-    # fmt: off
     add("--lora_weights", type=Path, required=True, help="adapter file, or the folder it is in")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--license", metavar="ID", help="licence of adapter and data, for the card")
     metrics = "metrics.json of evaluate_sam3_lora.py"
     add("--metrics", type=Path, metavar="FILE", help=f"{metrics}, for the card's figures")
-    add("--stock_metrics", type=Path, metavar="FILE",
-        help=f"{metrics} of the same split with --model_geometry_cls hf: what stock calls give")
-    # fmt: on
+    stock = f"{metrics} of the same split with --model_geometry_cls hf: what stock calls give"
+    add("--stock_metrics", type=Path, metavar="FILE", help=stock)
     return folder
 
 
 def add_import_parser(commands: argparse._SubParsersAction, write: argparse.ArgumentParser) -> None:
     """Adds the subcommand `import`."""
-    add = commands.add_parser(
-        "import", parents=[write], help="from PEFT, or with Meta's names"
-    ).add_argument
-    # fmt: off
+    parser = commands.add_parser("import", parents=[write], help="from PEFT, or with Meta's names")
+    add = parser.add_argument
     add("--source", type=Path, required=True, help="PEFT's folder, or a .pt file")
     add("--output", type=Path, required=True, metavar="FILE", help=".pt to write")
-    add("--model_name", metavar="NAME",
-        help=f"base to hold it against (default: the source's own, else {PUBLISHED})")
+    base = f"base to hold it against (default: the source's own, else {PUBLISHED})"
+    add("--model_name", metavar="NAME", help=base)
     add("--alpha", type=float, help="LoRA's alpha, which Meta-named files do not hold")
-    add("--geometry_cls", choices=("meta", "hf"),
-        help="how it was trained (default: as the source says; meta with Meta's names, hf of PEFT)")
-    # fmt: on
+    trained = "how it was trained (default: as the source says; meta with Meta's names, hf of PEFT)"
+    add("--geometry_cls", choices=("meta", "hf"), help=trained)
 
 
 def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:
@@ -189,11 +157,11 @@ def export_peft(args: argparse.Namespace) -> Path:
     place = check_output(args.output_dir, args.overwrite, [args.lora_weights])
     content = checkpoint.read_adapter(args.lora_weights)
     base = portable_name(args.model_name or content["base_model"])
-    card = build_card(args, content, base)
+    text = build_card(args, content, base)
 
     def fill(folder: Path) -> None:
         write_peft(folder, content, base)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(text, encoding="utf-8")
 
     write_folder(place, args.overwrite, fill)
     return place
@@ -204,7 +172,7 @@ def merge(args: argparse.Namespace) -> Path:
     content = checkpoint.read_adapter(args.lora_weights)
     name = args.model_name or content["base_model"]
     place = check_output(args.output_dir, args.overwrite, [args.lora_weights, Path(name)])
-    card = build_card(args, content, portable_name(name))
+    text = build_card(args, content, portable_name(name))
     model = load_video_model(name) if args.video else load_model(name)[0]
     detector = model.detector_model if args.video else model
     checkpoint.load_adapter(args.lora_weights, detector, content)
@@ -215,7 +183,7 @@ def merge(args: argparse.Namespace) -> Path:
     def fill(folder: Path) -> None:
         if not save_model(model, name, folder, DTYPES[args.dtype]):
             log.warning("%s has no processor: its tokenizer alone is written", name)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(text, encoding="utf-8")
 
     write_folder(place, args.overwrite, fill)
     return place
@@ -252,91 +220,41 @@ def import_adapter(args: argparse.Namespace) -> Path:
 
 def build_card(args: argparse.Namespace, content: Mapping[str, Any], base: str) -> str:
     """The model card of what `peft` or `merge` writes."""
-    is_peft, video = args.command == "peft", getattr(args, "video", False)
-    subject = "a LoRA adapter of SAM 3" if is_peft else "SAM 3 with a LoRA adapter merged into it"
-    link = f"[{base}](https://huggingface.co/{base})"
-    name = args.model_name or content["base_model"]
-    local = Path(name).is_dir() or name != base or not HUB_ID.fullmatch(base)
-    of_base = f"`{base}`, a local folder of whoever exported it" if local else link
-    lines = [*front_matter(args, base), f"# {subject[0].upper()}{subject[1:]}", ""]
-    lines += [f"Base model: {of_base}."]
-    if not is_peft:
-        written = args.dtype + (" (the sum is fp32)" if args.dtype != "fp32" else "")
-        lines += [f"The weights, in {written}, hold the base's: its licence applies to them too."]
-    lines += ["", "## Prompts", "", *prompt_table(content)]
-    lines += ["", "## Figures", "", *figure_table(args, content)]
-    token = content.get("geometry_cls", "meta")
-    lines += ["", "## Text-only calls", "", TOKEN_NOTES[token]]
-    if token == "meta" and not video:
-        lines += ["One padding box, as in the snippet below, brings the token back."]
-    if token == "meta" and not args.stock_metrics:
-        lines += ["", HOW_TO_MEASURE]
-    if video:
-        lines += ["", "## Video", "", video_note(content)]
-    snippet = VIDEO_SNIPPET.format(folder=place_name(args)) if video else use(args, base, content)
-    lines += ["", "## Use", "", "```python", snippet, "```"]
-    lines += ["", "## Adapter", "", *adapter_table(content)]
-    return "\n".join(lines) + "\n"
+    name, output = args.model_name or content["base_model"], args.output_dir
+    folder = output.name if output.is_absolute() else output.as_posix()
+    return card.build_card(
+        content,
+        card_figures(args, content),
+        base,
+        args.push_to_hub or folder,
+        is_local=Path(name).is_dir() or name != base or not HUB_ID.fullmatch(base),
+        merged_dtype=args.dtype if args.command == "merge" else None,
+        video=args.command == "merge" and args.video,
+        license_id=args.license,
+    )
 
 
-def front_matter(args: argparse.Namespace, base: str) -> list[str]:
-    """The card's YAML; strings in JSON's form, which YAML reads."""
-    hub_name = base if HUB_ID.fullmatch(base) else Path(base).name
-    fields = {"base_model": hub_name, "library_name": "peft"}
-    tags = ["sam3", "lora", "instance-segmentation"]
-    if args.command == "merge":
-        fields |= {"library_name": "transformers", "base_model_relation": "finetune"}
-    if args.license:
-        fields["license"] = args.license
-    rows = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
-    return ["---", *rows, f"tags: {json.dumps(tags)}", "---", ""]
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]
-
-
-def prompt_table(content: Mapping[str, Any]) -> list[str]:
-    """The categories with their prompts and, where they were chosen, thresholds."""
-    thresholds = content.get("thresholds") or {}
-    head = ["category", "prompt"] + (["threshold"] if thresholds else [])
-    rows = [
-        [name, phrase]
-        + ([f"{thresholds[name]:.3g}" if name in thresholds else "-"] if thresholds else [])
-        for name, phrase in content.get("categories", {}).items()
-    ]
-    return table(head, rows) if rows else ["The adapter's file names none."]
-
-
-def figure_table(args: argparse.Namespace, content: Mapping[str, Any]) -> list[str]:
-    """Validation's figures of the training run, or those of evaluations that the flags name."""
+def card_figures(
+    args: argparse.Namespace, content: Mapping[str, Any]
+) -> dict[str, dict[str, float | None]]:
+    """Columns of figures for a card: of the evaluations that the flags name, else of the training
+    run's validation."""
     if args.stock_metrics and not args.metrics:
         raise ConfigError("--stock_metrics: expected --metrics of the same split too; give both")
-    evaluated = {
-        name: read_metrics(f"--{flag}", path, content, token)
-        for flag, name, token in (
-            ("metrics", "as trained", content.get("geometry_cls", "meta")),
-            ("stock_metrics", "stock text-only call", "hf"),
-        )
-        if (path := getattr(args, flag))
-    }
-    splits = {split for split, _ in evaluated.values()}
-    if len(splits) > 1:
-        raise ConfigError(
-            "--metrics, --stock_metrics: expected evaluations of one split, found those of "
-            f"{' and '.join(sorted(splits))}; evaluate both on the same"
-        )
-    columns = {f"{name}, {Path(split).name}": f for name, (split, f) in evaluated.items()}
-    if not evaluated:
-        columns = {f"validation, step {content.get('step', 0)}": content.get("metrics", {})}
-    names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
-    if not names:
-        return ["The adapter's file holds none."]
-    found = [[figures.get(name) for figures in columns.values()] for name in names]
-    shown = [["undefined" if f is None else f"{f:.4g}" for f in row] for row in found]
-    return table(["", *columns], [[name, *row] for name, row in zip(names, shown, strict=True)])
+    if not args.metrics:
+        return {f"validation, step {content.get('step', 0)}": content.get("metrics", {})}
+    token = content.get("geometry_cls", "meta")
+    split, figures = read_metrics("--metrics", args.metrics, content, token)
+    columns = {f"as trained, {Path(split).name}": figures}
+    if args.stock_metrics:
+        other, figures = read_metrics("--stock_metrics", args.stock_metrics, content, "hf")
+        columns[f"stock text-only call, {Path(split).name}"] = figures
+        if other != split:
+            raise ConfigError(
+                "--metrics, --stock_metrics: expected evaluations of one split, found those of "
+                f"{split} and {other}; evaluate both on the same"
+            )
+    return columns
 
 
 def read_metrics(
@@ -363,84 +281,6 @@ def read_metrics(
             f"found one of {metrics['model']} with {found[1]} in {path}; evaluate it so"
         )
     return split, figures
-
-
-def video_note(content: Mapping[str, Any]) -> str:
-    """What the merged adapter means for the tracker."""
-    vision = len({n.rsplit(".", 1)[0] for n in content["lora"] if n.startswith("vision_encoder.")})
-    if not vision:
-        return "The tracker is the base's, and so is the vision tower that it reads."
-    return (
-        "The tracker's weights are the base's, but it reads the same vision tower as the detector, "
-        f"in which {vision} layers are adapted: the adapter also shifts what the tracker sees."
-    )
-
-
-def place_name(args: argparse.Namespace) -> str:
-    """Where a card's snippet finds the export: on the hub, or in the folder as it was named."""
-    output = args.output_dir
-    return args.push_to_hub or (output.name if output.is_absolute() else output.as_posix())
-
-
-def use(args: argparse.Namespace, base: str, content: Mapping[str, Any]) -> str:
-    """Python that loads the export with stock libraries and runs a prompt on photo.jpg."""
-    place = json.dumps(place_name(args), ensure_ascii=False)
-    category, prompt = next(iter(content.get("categories", {}).items()), ("", "car"))
-    threshold = content.get("thresholds", {}).get(category, 0.5)
-    imports = ["import torch", "from PIL import Image"]
-    load = [f"model = Sam3Model.from_pretrained({place}, dtype=torch.float32).eval()"]
-    processor = place
-    if args.command == "peft":
-        imports += ["from peft import PeftModel"]
-        processor = json.dumps(base, ensure_ascii=False)
-        load = [
-            f"base = Sam3Model.from_pretrained({processor}, dtype=torch.float32)",
-            f"model = PeftModel.from_pretrained(base, {place}).eval()",
-        ]
-    token = []
-    if content.get("geometry_cls", "meta") == "meta":
-        token = [
-            "# One padding box: without it the model runs otherwise than it was trained.",
-            "inputs |= {",
-            '    "input_boxes": torch.zeros(1, 1, 4),',
-            '    "input_boxes_labels": torch.full((1, 1), -10),',
-            "}",
-        ]
-    return "\n".join(
-        [
-            *imports,
-            "from transformers import Sam3Model, Sam3Processor",
-            "",
-            *load,
-            f"processor = Sam3Processor.from_pretrained({processor})",
-            'image = Image.open("photo.jpg").convert("RGB")',
-            f"prompt = {json.dumps(prompt, ensure_ascii=False)}",
-            'inputs = dict(processor(images=image, text=prompt, return_tensors="pt"))',
-            *token,
-            "with torch.no_grad():",
-            "    outputs = model(**inputs)",
-            "found = processor.post_process_instance_segmentation(",
-            f"    outputs, threshold={threshold:.3g}, target_sizes=[image.size[::-1]]",
-            ")[0]",
-            'print(found["scores"], found["boxes"])',
-        ]
-    )
-
-
-def adapter_table(content: Mapping[str, Any]) -> list[str]:
-    """What was adapted, and how."""
-    lora = content["lora_config"]
-    rows = {
-        "rank": lora.rank,
-        "alpha": f"{lora.alpha:g}",
-        "dropout in training": f"{lora.dropout:g}",
-        "layers": len(content["lora"]) // 2,
-        "target_modules": ", ".join(lora.target_modules[:MAX_TARGETS])
-        + (", ..." if len(lora.target_modules) > MAX_TARGETS else ""),
-        "components": ", ".join(lora.components),
-        "step": content.get("step", 0),
-    }
-    return table(["", ""], [[name, str(value)] for name, value in rows.items()])
 
 
 def push(place: Path, repo_id: str, private: bool) -> str:

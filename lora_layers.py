@@ -262,7 +262,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
             that is adapted already. Nothing has been replaced then.
     """
     if any(True for _ in lora_modules(model)):
-        raise AdapterError("the model is adapted already: expected one without LoRA layers")
+        raise AdapterError("the model is adapted already: take its adapter off with remove_lora")
     _check_ranges(config.rank, config.alpha, config.dropout)
     matched = match_modules(model, config)
     most = max(min(model.get_submodule(name).weight.shape) for name in matched)

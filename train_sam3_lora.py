@@ -232,7 +232,7 @@ def open_folder(run: Run, output: OutputSection) -> None:
     trainable, base = count_parameters(forward.model)
     place = f"{forward.device}, {forward.dtype}, checkpointing {forward.checkpointing}"
     share = f"{trainable:,} trainable of {base:,} ({100 * trainable / base:.3f} %)"
-    log.info("%s, %s: %s", engine.environment(Path(__file__)), place, share)
+    log.info("%s, %s: %s", runlog.environment(Path(__file__)), place, share)
     if moved:
         log.warning("%s held an earlier run: renamed to %s", run.folder, moved)
     describe_run(run)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_layers import LoRALinear  # noqa: E402
 from sam3_lora.config import FlagParser, user_errors  # noqa: E402
-from sam3_lora.engine import environment  # noqa: E402
+from sam3_lora.runlog import environment  # noqa: E402
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 KINDS = ("linear", "peft", "ours")

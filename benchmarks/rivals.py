@@ -53,7 +53,7 @@ from lora_layers import (  # noqa: E402
     lora_modules,
     match_modules,
 )
-from sam3_lora import engine  # noqa: E402
+from sam3_lora import engine, runlog  # noqa: E402
 from sam3_lora.config import Config, load_config, lora_config  # noqa: E402
 from sam3_lora.forward import (  # noqa: E402
     PADDING_BOX,
@@ -419,4 +419,4 @@ def machine(device: torch.device) -> str:
     where = f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}, {where}"
-    return f"{engine.environment(Path(__file__))}, {where}"
+    return f"{runlog.environment(Path(__file__))}, {where}"

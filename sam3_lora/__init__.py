@@ -15,7 +15,7 @@ shapes      what those readers find: shapes, classes, files, and their records
 mask_images  reader of masks that are image files, into COCO records
 tiles       large and crowded photos cut into tiles, and what is found in them merged
 dataset     image x prompts -> targets, negatives, transforms
-loader      items to batches: order, worker processes, collate_fn
+loader      items to batches: order, number of steps, worker processes, collate_fn
 matching    which query learns which target, and the box arithmetic of the loss
 losses      the criterion: a dict of named losses
 metrics     box and mask AP, cgF1 and its factors, mask IoU
@@ -29,8 +29,9 @@ prompts     what a user asks on the command line: texts, boxes, routes
 video       frames: detections that keep an identity, overlays, a GIF
 files       writing files: whole or not at all
 checkpoint  the adapter file and the resume state
-runlog      where a run's figures go: log, table, curves, TensorBoard, Weights & Biases
+runlog      where a run stands; where its figures go: log, table, curves, TensorBoard, W&B
 exchange    adapters in PEFT's format and with Meta's names, to and from ours
+card        the model card of an export
 scenes      drawn scenes: the demo task, and what the demo model knows
 intervals   bootstrap over images, thresholds chosen on a split
 report      the evidence: figures with intervals, on one HTML page

@@ -77,8 +77,8 @@ def save_adapter(path: Path, model: nn.Module, lora: LoRAConfig, **description: 
         path: file to write; folders are made, an older file is replaced in one move.
         model: the adapted model.
         lora: the configuration it was adapted with.
-        description: `base_model`, `geometry_cls`, `categories` (name -> prompt), `step`, `metrics`;
-            numbers, strings and containers of them.
+        description: entries of `DESCRIPTION`: `base_model`, `geometry_cls`, `categories` (name ->
+            prompt), `step`, `metrics`; numbers, strings and containers of them.
     """
     content = {
         "format": FORMAT,
@@ -234,41 +234,37 @@ def load_adapter(
     return content
 
 
-def read_weights(path: Path, model: nn.Module, lora: LoRAConfig) -> dict[str, torch.Tensor]:
-    """An adapter's tensors, for a run that starts from them.
+def adapt(model: nn.Module, lora: LoRAConfig, start: Path | None) -> None:
+    """Puts adapters into a base model for a run: fresh ones, or with the weights of a file.
 
     Args:
-        path: as for `read_adapter`.
         model: the base model.
-        lora: the new run's settings; its dropout is free.
+        lora: the run's settings.
+        start: as for `read_adapter`; its settings must be the run's, but for dropout.
 
     Raises:
-        AdapterError: trained on another base, or with other settings.
+        AdapterError: nothing to adapt, or a file of another base or of other settings.
     """
-    content = read_adapter(path)
-    check_base(content, model, path)
+    content = read_adapter(start) if start else None
+    if content:
+        check_base(content, model, start)
+        _check_settings(content["lora_config"], lora, start)
+    apply_lora(model, lora)
+    if content:
+        load_lora_state_dict(model, content["lora"])
+
+
+def _check_settings(found: LoRAConfig, wanted: LoRAConfig, path: Path) -> None:
+    """Raises AdapterError where two configurations differ in more than dropout."""
     theirs, ours = (
         {k: sorted(v) if isinstance(v, tuple) else v for k, v in vars(c).items() if k != "dropout"}
-        for c in (content["lora_config"], lora)
+        for c in (found, wanted)
     )
     if odd := [f"{k} {v} (not {ours[k]})" for k, v in theirs.items() if v != ours[k]]:
         raise AdapterError(
             f"{path}: expected an adapter of this run's settings, found {', '.join(odd)}; set the "
             "lora section to these"
         )
-    return content["lora"]
-
-
-def adapt(model: nn.Module, lora: LoRAConfig, start: Path | None = None) -> None:
-    """Puts adapters into a base model, fresh or, where `start` names a file, with its weights.
-
-    Raises:
-        AdapterError: nothing to adapt, or the file does not fit, see `read_weights`.
-    """
-    weights = read_weights(start, model, lora) if start else None
-    apply_lora(model, lora)
-    if weights:
-        load_lora_state_dict(model, weights)
 
 
 def check_base(content: dict[str, Any], model: nn.Module, path: Path) -> None:
@@ -323,7 +319,11 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `step`."""
+    """The resume state in a checkpoint's folder, as given to `save_checkpoint`, with `step`.
+
+    Raises:
+        AdapterError: absent, damaged, or of another step than the folder's.
+    """
     state, step = _read(folder / STATE_FILE), _step(folder)
     if not isinstance(state, dict) or state.get("step") != step:
         raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
@@ -396,7 +396,7 @@ def check_folder(folder: Path, resume: bool) -> None:
     # Nor a link to nothing, nor a device, which would be renamed.
     is_other = os.path.lexists(folder) and not folder.is_dir()
     found = "a file" if is_other else f"other files ({', '.join(sorted(files)[:3])})"
-    if is_other or (set(files) - {".gitkeep"} and not is_run(folder)):
+    if is_other or (set(files) - {".gitkeep"} and not _is_run(folder)):
         raise FileExistsError(
             f"output_dir: expected a new folder or an earlier run, found {found} at {folder}; name "
             "another with --output_dir"
@@ -407,7 +407,7 @@ def check_folder(folder: Path, resume: bool) -> None:
             "with --output_dir, or drop it to begin anew"
         )
     check_writable(folder, "--output_dir")
-    if is_run(folder) and not resume:
+    if _is_run(folder) and not resume:
         check_writable(folder.absolute().parent, "--output_dir")
 
 
@@ -450,7 +450,7 @@ def _figure(folder: Path) -> list[float]:
         return []
 
 
-def is_run(folder: Path) -> bool:
+def _is_run(folder: Path) -> bool:
     """Whether a folder holds a training run, which may be set aside, replaced or continued."""
     return (folder / "train.log").is_file()
 
@@ -476,7 +476,6 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 def _write(content: dict[str, Any], path: Path) -> None:
     """Writes a file, whole or not at all, and on the disk."""
-
     # Into memory first: torch tells of a full disk as a bug of its own.
     buffer = io.BytesIO()
     torch.save(content, buffer)

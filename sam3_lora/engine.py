@@ -14,18 +14,14 @@ those of all, and the gradients are summed.
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import logging
 import math
-import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -433,15 +429,3 @@ def _take_step(
     scaler.update(None if overflow else scaler.get_scale())
     log.log(logging.INFO if overflow else logging.WARNING, "left out, as not finite: %s", found)
     return {"skipped": 1.0}
-
-
-def environment(source: Path) -> str:
-    """Commit of a source file's checkout and versions of what runs it, for the log's first line."""
-    command = ["git", "-C", str(source.parent), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"  # not a clone
-    library = importlib.metadata.version("transformers")
-    versions = f"python {platform.python_version()}, torch {torch.__version__}"
-    return f"sam3-lora {commit}, {versions}, transformers {library}"

@@ -178,9 +178,8 @@ def write_peft(folder: Path, content: Mapping[str, Any], base: str) -> None:
     pairs = _pair(content["lora"], OUR_KEY, "the adapter")
     odd = [n for n, (a, b) in pairs.items() if (a.shape[0], b.shape[1]) != (lora.rank, lora.rank)]
     if odd:
-        raise AdapterError(
-            f"the adapter: expected rank {lora.rank}, found others in {some_names(odd)}"
-        )
+        found = f"{some_names(odd)}; take the adapter from its run again"
+        raise AdapterError(f"the adapter: expected rank {lora.rank}, found others in {found}")
     told = {k: v for k, v in content.items() if k not in ("format", "version", "lora")}
     told |= {"base_model": base, "lora_config": vars(lora)}
     tensors = {}
@@ -369,10 +368,10 @@ def _read_meta(content: Any, source: Path, alpha: float | None) -> Foreign:
     for meta_name, (a, b) in pairs.items():
         names = library_names(meta_name)
         if b.shape[0] % len(names):
-            found = f"found {b.shape[0]} outputs in {meta_name}"
+            found = f"found {b.shape[0]} outputs in {meta_name}; name another"
             raise AdapterError(f"--source: {source}: expected thirds of a fused layer, {found}")
         if twice := [name for name in names if name in layers]:
-            found = f"found {some_names(twice)} in {meta_name} and in another"
+            found = f"found {some_names(twice)} in {meta_name} and in one more; name another"
             raise AdapterError(f"--source: {source}: expected each layer once, {found}")
         parts = zip(names, b.chunk(len(names)), strict=True)
         layers |= {name: (a, part, alpha) for name, part in parts}
@@ -485,7 +484,7 @@ def _check_layers(
         },
     )
     if not layers:
-        raise AdapterError(f"--source: {source}: expected LoRA layers, found none")
+        raise AdapterError(f"--source: {source}: expected LoRA layers, found none; name another")
 
 
 def _raise_faults(subject: str, faults: Mapping[str, list[str]]) -> None:

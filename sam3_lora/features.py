@@ -26,7 +26,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
-import os
 import re
 import shutil
 import time
@@ -41,6 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from sam3_lora import processes
+from sam3_lora.files import check_writable, write_atomically
 from sam3_lora.loader import build_loader
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 # Seconds after which an unfinished file belongs to a process that is no more; and its name.
 ABANDONED = 3600
-UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.\d+\.tmp")
+UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.safetensors\.\d+\.tmp")
 
 Batch = dict[str, Any]
 View = tuple[int, int]  # index of the item, number of its placement
@@ -135,10 +135,11 @@ class FeatureCache:
         self, choices: list[tuple[str, ...]], views: int, limit_gb: float
     ) -> tuple[str, ...]:
         """The first choice of parts whose size is within the limit."""
-        for self.parts in choices:
+        for parts in choices:
+            self.parts = parts  # whose bytes are counted
             size = views * sum(map(self._view_bytes, range(len(self.texts)))) / 1e9
             if size <= limit_gb:
-                return self.parts
+                return parts
         raise FeatureError(
             f"training.cache_limit_gb: expected at most {limit_gb:g} GB, found at least {size:.3g} "
             "GB of features; lower --cache_views or the prompts (--prompt_pool, else "
@@ -159,7 +160,7 @@ class FeatureCache:
             num_workers: processes that read the images.
 
         Raises:
-            FeatureError: as `build`.
+            OSError, FeatureError: as `build`.
         """
         missing = [[(view, index)] for index, view in self.missing()]
         log.info("%s, %d views to compute", self, len(missing))
@@ -178,7 +179,8 @@ class FeatureCache:
             batches: of one image each, with `images` and `views`: those of `missing`.
 
         Raises:
-            FeatureError: the folder cannot be written, or has not the room.
+            OSError: the folder cannot be written.
+            FeatureError: it has not the room.
         """
         if self.folder and (missing := self.missing()):
             self._make_room(sum(self._view_bytes(index) for index, _ in missing))
@@ -232,35 +234,22 @@ class FeatureCache:
 
     def _keep(self, view: View, content: dict[str, torch.Tensor]) -> None:
         """Keeps the features of a view."""
-        key = self.keys[view]
         if self.folder is None:
-            self.in_ram[key] = content
-            return
-        temporary = self.folder / f".{key}.{os.getpid()}.tmp"
-        try:
-            temporary.write_bytes(save(content))
-            os.replace(temporary, self._path(view))
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._unwritable(error.strerror) from error
+            self.in_ram[self.keys[view]] = content
+        else:
+            write_atomically(self._path(view), lambda place: place.write_bytes(save(content)))
 
     def _make_room(self, needed: int) -> None:
         """Makes the folder and sees to it that so many bytes go in."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.folder)
-            free = shutil.disk_usage(self.folder).free
-        except OSError as error:
-            raise self._unwritable(error.strerror) from error
+        check_writable(self.folder, "--cache_dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(self.folder)
+        free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise self._unwritable(f"{free / 1e9:.3g} GB free where {needed / 1e9:.3g} are needed")
-
-    def _unwritable(self, reason: str) -> FeatureError:
-        """What is wrong with the folder, and what to do."""
-        return FeatureError(
-            f"training.cache_dir: expected a folder to write features to, found {self.folder}: "
-            f"{reason}; name another with --cache_dir, or use --cache_features ram"
-        )
+            raise FeatureError(
+                f"--cache_dir: expected {needed / 1e9:.3g} GB free for features, found "
+                f"{free / 1e9:.3g} in {self.folder}; name another, or use --cache_features ram"
+            )
 
     def _load(self, view: View) -> dict[str, torch.Tensor]:
         """The features of a view."""

@@ -80,6 +80,7 @@ class Forward:
         if self.compiled:
             self._see, self._heads = torch.compile(self._see), torch.compile(self._heads)
         for layer in self.model.vision_encoder.backbone.layers:
+            # Another `Forward` of the model may have put its own there.
             layer.mlp.__dict__.pop("forward", None)
             if self.checkpointing == "mlp":
                 layer.mlp.forward = partial(_recompute, layer.mlp.forward)
@@ -465,8 +466,16 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def predict_masks(outputs: Outputs, row: int, queries: torch.Tensor) -> torch.Tensor:
-    """Mask logits (n,h,w) fp32 of chosen queries (n,) of one row, at the mask decoder's
-    resolution."""
+    """Masks of some queries, at the mask decoder's resolution.
+
+    Args:
+        outputs: of `Forward.predict`.
+        row: which of its rows.
+        queries: (n,) long.
+
+    Returns:
+        Logits (n,h,w), fp32.
+    """
     pixels = outputs["pixel_embed"][row]
     embed = outputs["mask_embed"][row, queries].to(pixels.dtype)
     return torch.einsum("nc,chw->nhw", embed, pixels).float()

@@ -1,4 +1,4 @@
-"""Items to batches: their order, the processes that read them, how they travel.
+"""Items to batches: their order, the steps they make, the processes that read them.
 
     worker:  items -> packed (numpy, masks as bits) --pipe--> unpacked -> batch    :training process
 
@@ -93,14 +93,14 @@ class Plan:
         images_per_step: over all processes; the last step of an epoch may have fewer.
         num_epochs: of the run, unless `max_steps` says how many steps.
         max_steps: the last epoch may be cut short; None: all of them.
-        longest_warmup: steps of warm-up asked for.
+        wanted_warmup: steps of warm-up asked for.
     """
 
     images: int
     images_per_step: int
     num_epochs: int
     max_steps: int | None
-    longest_warmup: int
+    wanted_warmup: int
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps."""
@@ -144,7 +144,7 @@ class Plan:
     @property
     def warmup_steps(self) -> int:
         """Steps of warm-up: no more than LONGEST_WARMUP of the run."""
-        return min(self.longest_warmup, int(LONGEST_WARMUP * self.total_steps))
+        return min(self.wanted_warmup, int(LONGEST_WARMUP * self.total_steps))
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps, and at the run's end, is due."""

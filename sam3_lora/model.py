@@ -13,7 +13,6 @@ import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -431,15 +430,9 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float16
     # Emulated bf16, which torch counts as supported unless told not to, is slower than fp32.
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        _warn_once("this GPU has no bf16: using fp16 with a gradient scaler")
+        log.warning("this GPU has no bf16: using fp16 with a gradient scaler")
         return torch.float16
     return torch.bfloat16
-
-
-@cache
-def _warn_once(message: str) -> None:
-    """Logs a warning, the first time it comes."""
-    log.warning(message)
 
 
 def cast_towers(model: Sam3Model, dtype: torch.dtype) -> None:

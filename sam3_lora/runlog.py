@@ -1,4 +1,4 @@
-"""Where a run's figures go while it trains.
+"""Where a run stands, and where its figures go while it trains.
 
     log.jsonl      a line a logged step and a validation; what follows is made from it
     metrics.csv    the same, as a table
@@ -14,10 +14,13 @@ from __future__ import annotations
 import csv
 import gc
 import importlib
+import importlib.metadata
 import io
 import json
 import os
+import platform
 import secrets
+import subprocess
 import sys
 from collections import defaultdict
 from contextlib import suppress
@@ -112,6 +115,18 @@ def check_packages(**asked: bool) -> None:
                 f"output.{name} is true: expected the package {name}, found {error}; "
                 f"pip install {name}, or drop --{name}"
             ) from error
+
+
+def environment(source: Path) -> str:
+    """Commit of a source file's checkout and versions of what runs it, for the log's first line."""
+    command = ["git", "-C", str(source.parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"  # not a clone
+    library = importlib.metadata.version("transformers")
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    return f"sam3-lora {commit}, {versions}, transformers {library}"
 
 
 def flat_figures(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 36
+MAX_PACKAGE_FILES = 38
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -27,8 +27,8 @@ MAY_IMPORT = {
     "faults": {"geometry", "images", "processes"},
     "images": {"geometry"},
     "repair": {"coco", "faults", "geometry"},
-    "overview": {"coco", "drawing"},
-    "formats": {"coco", "shapes"},
+    "overview": {"coco", "drawing", "faults"},
+    "formats": {"coco", "faults", "shapes"},
     "shapes": {"coco", "faults", "geometry", "images"},
     "mask_images": {"coco", "shapes", "images"},
     "tiles": {"coco", "geometry"},
@@ -41,12 +41,13 @@ MAY_IMPORT = {
     | {"processes"},
     "scenes": {"coco"},
     "engine": {"processes"},
-    "features": {"loader", "model", "processes"},
+    "features": {"files", "loader", "processes"},
     "memory": {"forward", "lora_layers", "losses", "model"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
     | {"metrics", "model", "tiles"},
     "prompts": {"config", "forward", "geometry", "images", "prediction", "tiles"},
     "exchange": {"checkpoint", "lora_layers"},
+    "card": {"model"},
     "intervals": {"coco", "metrics"},
     "report": {"coco", "drawing", "intervals", "overview"},
     "drawing": {"files"},

@@ -441,22 +441,6 @@ def test_any_sound_config_survives_saving(
     assert load_config(path, {}) == config
 
 
-def test_failed_save_leaves_the_earlier_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "config.yaml"
-    save_config(Config(), path)
-    before = path.read_bytes()
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(config_module.yaml, "safe_dump", fail)
-    with pytest.raises(OSError, match="No space left"):
-        save_config(load_config(None, {"lora_rank": 99}), path)
-    assert path.read_bytes() == before
-
-
 def test_options_without_effect_are_told() -> None:
     given = {"box_prompt_text_probability": 0.9, "cache_views": 2, "early_stopping_patience": 5}
     config = load_config(None, given)

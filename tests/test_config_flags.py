@@ -1,6 +1,5 @@
 """Flags, and what surrounds every main: one line for a user's error, exit codes, the log."""
 
-import argparse
 import logging
 import subprocess
 import sys
@@ -64,19 +63,6 @@ def test_a_component_flag_sets_only_its_own(tmp_path: Path) -> None:
     assert not config.lora.apply_to_vision_encoder
     config = from_flags("--lora_apply_to_vision_encoder", "false")
     assert config.lora.apply_to_detr_decoder and not config.lora.apply_to_vision_encoder
-
-
-GUIDE_FLAGS = [
-    "--config configs/minimal_lora_config.yaml --num_epochs 1",
-    "--config configs/full_lora_config.yaml --num_epochs 20",
-    "--config configs/base_config.yaml --batch_size 2 --gradient_accumulation_steps 4",
-]
-
-
-@pytest.mark.parametrize("line", GUIDE_FLAGS)
-def test_guide_flags_load(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    from_flags(*line.split())
 
 
 def test_guide_overrides_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +264,3 @@ def test_logging_goes_to_stderr_and_to_the_end_of_a_file(
             root.removeHandler(handler)
             handler.close()
         root.setLevel(logging.WARNING)
-
-
-def test_plain_parser_takes_the_flags_too() -> None:
-    made = argparse.ArgumentParser()
-    add_config_flags(made, ["lora"])
-    assert config_from_args(made.parse_args(["--lora_rank", "3"])).lora.rank == 3

@@ -128,17 +128,6 @@ def test_micro_batches_equal_one_batch(loaded, whole_step, parts):
     assert_same_step(step_of(loaded, [make_batch(part) for part in parts]), whole_step)
 
 
-def test_adamw_takes_the_same_step_too(loaded):
-    found = []
-    for parts in ([[0, 1, 2]], [[0], [1, 2]]):
-        forward = adapted(loaded)
-        optimizer = build_optimizer(forward.model, 1e-4, 0.01)
-        train(forward, [make_batch(p) for p in parts], optimizer, sizes=repeat(len(parts)))
-        found.append(lora_state_dict(forward.model))
-    for name, value in found[0].items():
-        assert float((value - found[1][name]).abs().max()) <= 1e-5, name
-
-
 @pytest.mark.parametrize("max_rows", [1, 4])
 def test_row_chunks_equal_one_forward(loaded, whole_step, max_rows):
     found = step_of(loaded, [make_batch([0, 1, 2])], max_rows=max_rows)

@@ -128,7 +128,8 @@ def test_a_killed_build_goes_on(adapt, folder, tmp_path):
     cut, *whole = sorted(where.iterdir())
     cut.write_bytes(cut.read_bytes()[:-9])
     left, fresh, foreign = (
-        where / f".{name}.tmp" for name in (f"{'0' * 64}.1", f"{'1' * 64}.2", "precious")
+        where / f".{name}.tmp"
+        for name in (f"{'0' * 64}.safetensors.1", f"{'1' * 64}.safetensors.2", "precious")
     )
     for path in (left, fresh, foreign):
         path.write_bytes(b"half a file")
@@ -184,11 +185,11 @@ def test_a_file_with_a_broken_head_is_made_again(adapt, folder, tmp_path):
 
 def test_a_folder_that_cannot_be_written(adapt, folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FeatureError, match="cache_dir: expected a folder to write features to"):
+    with pytest.raises(OSError, match="--cache_dir: expected a folder that can be written"):
         make_cache(adapt(*DECODER), make_set(folder), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(FeatureError, match="1e-06 GB free where .* are needed; name another"):
+    with pytest.raises(FeatureError, match="GB free for features, found 1e-06 in .*; name another"):
         make_cache(adapt(*DECODER), make_set(folder), tmp_path / "small")
     assert list((tmp_path / "small").iterdir()) == []
 

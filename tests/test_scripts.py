@@ -220,7 +220,7 @@ def test_a_run_stays_where_the_next_one_cannot_keep_its_features(
     (tmp_path / "file").write_text("mine")
     cache = ("--cache_features", "disk", "--cache_dir", str(tmp_path / "file"), "--overwrite")
     assert train_sam3_lora.main([*args, *cache]) == 2
-    assert "training.cache_dir: expected a folder to write features to" in capsys.readouterr().err
+    assert "--cache_dir: expected a folder that can be written, found" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
