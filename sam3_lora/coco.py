@@ -35,7 +35,7 @@ from sam3_lora.faults import (
 )
 from sam3_lora.geometry import mask_problem, segmentation_of
 from sam3_lora.images import DatasetError
-from sam3_lora.layout import contents, find_split, sibling_val
+from sam3_lora.layout import contents, find_split, sibling_val, split_dir
 
 logger = logging.getLogger(__name__)
 
