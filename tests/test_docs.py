@@ -1,10 +1,12 @@
 """Each command that the documents show names a script that exists, with flags that it takes."""
 
-import importlib
+import importlib.util
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -82,6 +84,25 @@ def test_find_commands_reads_fences_continuations_and_redirections() -> None:
     ]
 
 
+def load_script(path: Path) -> ModuleType:
+    """A script as a module. One at the root has its own name; one in a folder carries the folder's
+    too: benchmarks/inference.py is not inference.py."""
+    name = path.stem if path.parent == ROOT else f"{path.parent.name}_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def test_a_script_of_a_folder_is_not_that_of_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    modules = [load_script(ROOT / name) for name in ("inference.py", "benchmarks/inference.py")]
+    assert [Path(module.__file__) for module in modules] == [
+        *(ROOT / "inference.py", ROOT / "benchmarks" / "inference.py")
+    ]
+
+
 @pytest.mark.parametrize(
     ("document", "command"), COMMANDS, ids=[" ".join(words[1:3]) for _, words in COMMANDS]
 )
@@ -91,8 +112,7 @@ def test_documented_command_parses(
     script = ROOT / command[1]
     assert script.exists(), f"{document} names {command[1]}, which does not exist"
     monkeypatch.syspath_prepend(str(script.parent))
-    module = importlib.import_module(script.stem)
     try:
-        module.build_parser().parse_args(command[2:])
+        load_script(script).build_parser().parse_args(command[2:])
     except SystemExit as stop:
         assert stop.code == 0, f"{document}: {' '.join(command)} does not parse"

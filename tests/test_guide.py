@@ -1,7 +1,6 @@
 """Every command and every YAML block of the documents, and of the guide that this project keeps to,
 runs as written, on facebook/sam3 in miniature; flags are added that make it small, no more."""
 
-import importlib
 import re
 import shlex
 import textwrap
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_docs import ROOT, fenced_lines, line_commands
+from test_docs import ROOT, fenced_lines, line_commands, load_script
 from workspace import Workspace, flags_of
 
 from sam3_lora.config import KEYS, SECTIONS, load_config, lora_config
@@ -313,7 +312,7 @@ def test_documented_command_runs(
 ) -> None:
     monkeypatch.chdir(workspace.folder)
     added = workspace.provide(words)
-    script = importlib.import_module(Path(words[1]).stem)
+    script = load_script(ROOT / words[1])
     assert script.main([*words[2:], *added]) == 0, f"{name}: {shlex.join([*words, *added])}"
     flags = flags_of(words[2:])
     for flag in WRITES:

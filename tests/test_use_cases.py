@@ -1,7 +1,6 @@
 """The use cases' configurations: what each sets, and that the commands of its head run as written
 on a tiny model."""
 
-import importlib
 import json
 import shlex
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_docs import find_commands
+from test_docs import find_commands, load_script
 from transformers import Sam3Config, Sam3Model
 
 import evaluate_sam3_lora
@@ -130,8 +129,8 @@ def test_the_commands_of_a_use_case_run_as_written(
     small = ["--device", "cpu", "--num_workers", "0"]
 
     def run(words: list[str], *more: str) -> None:
-        script = importlib.import_module(Path(words[1]).stem)
-        assert script.main([*words[2:], *more]) == 0, shlex.join([*words, *more])
+        code = load_script(ROOT / words[1]).main([*words[2:], *more])
+        assert code == 0, shlex.join([*words, *more])
 
     run(convert)
     for words in training:

@@ -26,7 +26,6 @@ from test_video import write_clip
 
 import train_sam3_lora
 from sam3_lora.checkpoint import ADAPTER_FILE, checkpoints
-from sam3_lora.coco import SPLIT_LAYOUTS, split_dir
 from sam3_lora.config import Config, load_config
 from sam3_lora.model import PUBLISHED, load_model
 
@@ -35,6 +34,7 @@ CLASSES = ["person", "car", "dog"]
 STEMS = [str(number) for number in range(1, 11)]
 PHOTO_SIZE = (480, 360)  # of a photo to predict on: the guide's box fits in
 SPLITS = ("train", "val", "test")
+ANNOTATIONS = ("annotations.json", "_annotations.coco.json")
 # What makes a documented command small; one that sets a flag itself keeps its value.
 SMALL = {
     "train_sam3_lora.py": {"--device": "cpu", "--num_workers": "0", "--max_steps": "1"},
@@ -171,10 +171,16 @@ def write_via_file(path: Path, flags: Flags) -> None:
 
 def write_split(folder: Path) -> None:
     """An annotated split in this project's layout, where there is none."""
-    if not any((folder / name).is_file() for name, _ in SPLIT_LAYOUTS):
+    if not any((folder / name).is_file() for name in ANNOTATIONS):
         shutil.rmtree(folder, ignore_errors=True)
         write_photos(folder / "images", {})
         write_coco(folder / "annotations.json", {})
+
+
+def beside(data: Path, split: str) -> Path:
+    """The folder of a split; valid/ where a data folder has that in place of val/."""
+    other = data / "valid"
+    return other if split == "val" and other.is_dir() else data / split
 
 
 # Files and folders that a conversion reads: made anew for each, as it names its own classes.
@@ -263,7 +269,7 @@ class Workspace:
         train = self.folder / flags.get("--train_data_path", [config.training.train_data_path])[0]
         write_split(train)
         if config.training.val_data_path is None:
-            write_split(split_dir(train.parent, "val"))
+            write_split(beside(train.parent, "val"))
         return config
 
     def _adapter(self, path: Path) -> None:
@@ -294,7 +300,7 @@ class Workspace:
 
     def _data(self, path: Path) -> None:
         for split in SPLITS:
-            write_split(split_dir(path, split))
+            write_split(beside(path, split))
 
 
 def write_photos_or_one(path: Path, size: tuple[int, int]) -> None:
