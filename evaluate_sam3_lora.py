@@ -48,7 +48,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lora_layers import AdapterError, remove_lora
 from sam3_lora import checkpoint, processes
@@ -96,6 +95,8 @@ log = logging.getLogger("evaluate")
 
 FOUND = ("detections.json", "base_detections.json")
 COMPARISON_FILES = ("base_detections.json", "panel.png", "report.html")
+# All that an evaluation writes into its folder.
+OWN_FILES = {"metrics.json", *FOUND, *COMPARISON_FILES}
 PANEL_IMAGES = 4
 BOOTSTRAP = 1000  # resamples of the images
 # How `PromptDataset` asks for the categories of an image.
@@ -177,7 +178,7 @@ def check_subject(args: argparse.Namespace) -> None:
         )
 
 
-def choose_output(args: argparse.Namespace, data: Path) -> Path:
+def choose_output(args: argparse.Namespace) -> Path:
     """Where the files go; ConfigError where an earlier evaluation there cannot be renamed."""
     beside = Path("outputs/base")
     if args.lora_weights and not args.base:
@@ -187,12 +188,14 @@ def choose_output(args: argparse.Namespace, data: Path) -> Path:
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"{flag}: expected a folder, found the file {output_dir}; name another")
     if (output_dir / "metrics.json").exists() and not args.replace:
-        named = (Path(), data, args.lora_weights, args.probe_dir)
-        used = [path.resolve() for path in named if path]
-        if any(path.is_relative_to(output_dir.resolve()) for path in used):
+        # Hidden ones are the system's, such as .DS_Store.
+        names = {path.name for path in output_dir.iterdir() if not path.name.startswith(".")}
+        others = sorted(names - OWN_FILES)
+        if others or Path().resolve() == output_dir.resolve():
+            found = others[0] if others else "the folder that this command runs in"
             raise ConfigError(
-                f"{flag}: {output_dir} holds an earlier evaluation, and files in use, so it is not "
-                "renamed; name another folder, or --overwrite the evaluation"
+                f"{flag}: expected nothing but an earlier evaluation in {output_dir}, to "
+                f"rename it, found {found}; name another folder, or --overwrite the evaluation"
             )
     check_writable(output_dir, flag)
     if args.calibrate:  # the adapter's file is replaced in its folder
@@ -276,14 +279,12 @@ def run_evaluation(
         "max_detections": config.evaluation.max_detections,
         "score_threshold": config.evaluation.score_threshold,
     }
-    progress = partial(tqdm, desc="images", disable=not processes.shows_progress())
     if tile:
-        return evaluate_tiles(
-            forward, split, progress(processes.share(split.images)), tile, **limits
-        )
+        images = processes.progress(processes.share(split.images), "images")
+        return evaluate_tiles(forward, split, images, tile, **limits)
     losses = compute_losses, count_targets
     found = {
-        kind: evaluate_split(forward, *losses, progress(own), split, **limits)
+        kind: evaluate_split(forward, *losses, processes.progress(own, "images"), split, **limits)
         for kind, own in batches.items()
     }
     summary, results = next(iter(found.values()))
@@ -365,16 +366,17 @@ def store_thresholds(
 
 def draw_comparison(
     split: CocoSplit, base: list[dict[str, Any]], adapter: list[dict[str, Any]], threshold: float
-) -> np.ndarray:
+) -> tuple[np.ndarray, dict[int, int]]:
     """The annotations beside two models' COCO results of score >= threshold, on the images with the
-    most different categories."""
+    most different categories; and each category's colour."""
 
     def kinds(image: dict[str, Any]) -> int:
         return len({a["category_id"] for a in list_objects(split, image)})
 
     images = sorted(split.images, key=kinds, reverse=True)[:PANEL_IMAGES]
     pictures, colors = draw_rows(split, images, base, adapter, threshold)
-    return draw_panel(pictures, PANEL_TITLES, {split.phrase(c): k for c, k in colors.items()})
+    legend = {split.phrase(c): k for c, k in colors.items()}
+    return draw_panel(pictures, PANEL_TITLES, legend), colors
 
 
 def write_files(
@@ -399,10 +401,12 @@ def write_pictures(
 ) -> None:
     """Draws base beside adapter, and with --report the page; photos are read again."""
     models, threshold = [found[name] for name in FOUND[::-1]], metrics["score_threshold"]
-    write_picture(output_dir / "panel.png", draw_comparison(split, *models, threshold))
+    panel, colors = draw_comparison(split, *models, threshold)
+    write_picture(output_dir / "panel.png", panel)
     log.info("wrote %s", output_dir / "panel.png")
     if args.report:
-        examples = draw_examples(split, *models, metrics["report"]["per_image"], threshold)
+        per_image = metrics["report"]["per_image"]
+        examples = draw_examples(split, *models, per_image, threshold, colors)
         write_text(output_dir / "report.html", build_page(metrics, examples))
         log.info("wrote %s", output_dir / "report.html")
         say("\n" + verdict(metrics) + "\n")
@@ -419,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     compare = args.compare or args.report is not None
     # 1. The data and where to write, before any weight loads.
     folder = split_dir(args.data_dir, args.split)
-    output_dir = choose_output(args, folder)
+    output_dir = choose_output(args)
     split = read_images(folder, config)
     more, strangers = choose_more(args, split, config)
     # 2. Every category on every image.

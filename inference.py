@@ -402,7 +402,7 @@ def write_image(
         write_masks(beside(overlay, "_masks"), found)
     rows = [
         {**row, "file_name": path.name, "prompt": prompts.texts[row["category_id"] - 1]}
-        for row in coco_results(image_id, found, found["rles"])
+        for row in coco_results(image_id, found)
     ]
     if not args.json:
         write_json(beside(overlay, JSON_ENDING), rows)

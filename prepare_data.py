@@ -32,8 +32,6 @@ from typing import Any
 from sam3_lora.coco import (
     CocoSplit,
     DatasetError,
-    check_prompts,
-    find_faults,
     find_split,
     read_coco,
     read_split,
@@ -41,7 +39,7 @@ from sam3_lora.coco import (
     write_splits,
 )
 from sam3_lora.config import ConfigError, FlagParser, setup_logging, user_errors
-from sam3_lora.faults import parse_json
+from sam3_lora.faults import check_prompts, find_faults, parse_json
 from sam3_lora.files import write_picture
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 from sam3_lora.geometry import shown
@@ -105,24 +103,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_validate_parser(
-    commands: argparse._SubParsersAction, split: argparse.ArgumentParser
+def add_labelling_tools(
+    commands: argparse._SubParsersAction, write: argparse.ArgumentParser
 ) -> None:
-    """Adds the subcommand `validate`."""
-    check = commands.add_parser("validate", parents=[split], help="check a split")
-    check.add_argument(
-        "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
-    )
-    check.add_argument("--json", action="store_true", help="print the report as JSON")
-    check.add_argument(
-        "--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder"
-    )
-    check.add_argument(
-        "--preview", type=Path, metavar="PNG", help="draw images, with --fix of the copy"
-    )
-    check.add_argument(
-        "--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer"
-    )
+    """Adds the commands of formats that name the class of each object."""
+    optional = argparse.ArgumentParser(add_help=False, parents=[write])
+    names = 'categories in order as "person,car"; else those of the objects, sorted by name'
+    optional.add_argument("--classes", help=names)
+    voc = commands.add_parser("voc", parents=[optional], help="Pascal VOC boxes")
+    folders = "folder of Annotations/ and JPEGImages/, or of XML files beside their images"
+    voc.add_argument("--voc_dir", type=Path, required=True, help=folders)
+    labelme = commands.add_parser("labelme", parents=[optional], help="LabelMe shapes")
+    folders = "folder of JSON files beside their images"
+    labelme.add_argument("--labelme_dir", type=Path, required=True, help=folders)
+    via = commands.add_parser("via", parents=[optional], help="VGG Image Annotator 1 or 2")
+    via.add_argument("--via_json", type=Path, required=True, help="export or project")
+    via.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
+    via.add_argument("--class_attribute", help="region attribute of the class; else the only one")
 
 
 def add_masks_parser(commands: argparse._SubParsersAction, write: argparse.ArgumentParser) -> None:
@@ -179,31 +176,32 @@ def add_split_parser(commands: argparse._SubParsersAction, place: argparse.Argum
     divide.add_argument("--seed", type=parse_seed, default=0, help="of the draw (default: 0)")
 
 
+def add_validate_parser(
+    commands: argparse._SubParsersAction, split: argparse.ArgumentParser
+) -> None:
+    """Adds the subcommand `validate`."""
+    check = commands.add_parser("validate", parents=[split], help="check a split")
+    check.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="data folder (default: data)"
+    )
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    check.add_argument(
+        "--fix", type=Path, metavar="DIR", help="write a mended copy to this data folder"
+    )
+    check.add_argument(
+        "--preview", type=Path, metavar="PNG", help="draw images, with --fix of the copy"
+    )
+    check.add_argument(
+        "--model_name", metavar="DIR", help="count the tokens of prompts with its tokenizer"
+    )
+
+
 def parse_seed(text: str) -> int:
     """Returns the value of --seed."""
     if not text.isdecimal() or len(text) > SEED_DIGITS:
         expected = f"expected a whole number from 0, of {SEED_DIGITS} digits at most"
         raise argparse.ArgumentTypeError(f"{expected}, found {shown(text)}")
     return int(text)
-
-
-def add_labelling_tools(
-    commands: argparse._SubParsersAction, write: argparse.ArgumentParser
-) -> None:
-    """Adds the commands of formats that name the class of each object."""
-    optional = argparse.ArgumentParser(add_help=False, parents=[write])
-    names = 'categories in order as "person,car"; else those of the objects, sorted by name'
-    optional.add_argument("--classes", help=names)
-    voc = commands.add_parser("voc", parents=[optional], help="Pascal VOC boxes")
-    folders = "folder of Annotations/ and JPEGImages/, or of XML files beside their images"
-    voc.add_argument("--voc_dir", type=Path, required=True, help=folders)
-    labelme = commands.add_parser("labelme", parents=[optional], help="LabelMe shapes")
-    folders = "folder of JSON files beside their images"
-    labelme.add_argument("--labelme_dir", type=Path, required=True, help=folders)
-    via = commands.add_parser("via", parents=[optional], help="VGG Image Annotator 1 or 2")
-    via.add_argument("--via_json", type=Path, required=True, help="export or project")
-    via.add_argument("--images_dir", type=Path, required=True, help="folder of its images")
-    via.add_argument("--class_attribute", help="region attribute of the class; else the only one")
 
 
 def create_folders(output_dir: Path) -> None:
@@ -227,18 +225,10 @@ def read_source(args: argparse.Namespace) -> CocoSplit:
         source = skip_missing(read_coco(args.coco_json, args.images_dir))
         return order_categories(source, class_names(args.classes))
     if args.command == "masks":
-        classes = args.classes
-        if classes and (classes.lstrip().startswith("{") or os.path.isfile(classes)):
-            classes = read_json("--classes", classes, '{"7": "road"}')
-            if not isinstance(classes, dict):
-                found = f"expected --classes as a JSON object, found {type(classes).__name__}"
-                raise DatasetError(f'{found}; write {{"7": "road"}} or {{"road": "#804080"}}')
-        else:
-            classes = class_names(classes)
         return read_masks(
             args.images_dir,
             args.masks_dir,
-            classes,
+            mask_classes(args.classes),
             args.kind,
             whole=args.whole,
             min_pixels=args.min_pixels,
@@ -264,6 +254,17 @@ def class_names(text: str | None) -> list[str] | None:
         found = f"expected --classes as names that differ, found {shown(text)}"
         raise DatasetError(f'{found}; write them as "person,car"')
     return names
+
+
+def mask_classes(text: str | None) -> list[str] | dict[str, Any] | None:
+    """Returns the names of `--classes`, or its table, as JSON or a file of it."""
+    if not text or not (text.lstrip().startswith("{") or os.path.isfile(text)):
+        return class_names(text)
+    table = read_json("--classes", text, '{"7": "road"}')
+    if not isinstance(table, dict):
+        found = f"expected --classes as a JSON object, found {type(table).__name__}"
+        raise DatasetError(f'{found}; write {{"7": "road"}} or {{"road": "#804080"}}')
+    return table
 
 
 def order_categories(source: CocoSplit, names: list[str] | None) -> CocoSplit:
@@ -413,18 +414,15 @@ def validate(args: argparse.Namespace) -> int:
     faults = find_faults(annotations_file, images_dir, count_tokens)
     fatal = any(fault.fatal for fault in faults)
     split = None if fatal else read_coco(annotations_file, images_dir, checked=True)
-    if args.json:
-        report = json_report(annotations_file, split, faults)
-    else:
+    report = json_report(annotations_file, split, faults)
+    if not args.json:
         counts = "" if split is None else summary(split)
         sys.stdout.write(f"{annotations_file}\n{counts}{fault_report(faults)}")
     if args.fix is not None:
         folder, done = mend_split(annotations_file, images_dir, faults, args.fix, args.split)
         faults, split = find_faults(*find_split(folder), count_tokens), read_split(folder)
-        if args.json:
-            mended = json_report(split.annotations_file, split, faults)
-            report["mended"] = {"done": done, **mended}
-        else:
+        report["mended"] = {"done": done, **json_report(split.annotations_file, split, faults)}
+        if not args.json:
             lines = [f"{count:7d}  {words}\n" for words, count in done.items()]
             sys.stdout.write(f"\nmended copy {folder}\n{''.join(lines)}{fault_report(faults)}")
     if args.json:

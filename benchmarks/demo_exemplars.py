@@ -72,8 +72,8 @@ def measure(forward: Forward, scenes: int, seed: int) -> dict[str, Any]:
         scene = draw_shapes(rng)
         height, width = scene.image.shape[:2]
         for boxed, others in questions(scene, rng):
-            found, image_id = ask(forward, scene, boxed), len(images) + 1
-            accumulator.add_image(image_id, found, found["rles"])
+            image_id = len(images) + 1
+            accumulator.add_image(image_id, ask(forward, scene, boxed))
             images.append({"id": image_id, "file_name": "", "width": width, "height": height})
             rows = [{**to_annotation(scene.masks[g]), "category_id": 1} for g in others]
             # A crowd is ignored: finding the boxed object is neither right nor wrong.

@@ -1,4 +1,4 @@
-"""Reads, checks and writes COCO annotations; turns polygons and RLE into masks; reads images.
+"""Reads and writes COCO annotations; turns polygons and RLE into masks.
 
 A split is a folder: `annotations.json` with `images/` (what `prepare_data.py` writes), or a
 Roboflow export, `_annotations.coco.json` with the images beside it. Reading is strict: what
@@ -21,48 +21,25 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from sam3_lora import processes
 from sam3_lora.faults import (
-    Fault,
-    check_prompts,
     clean_name,
-    find_faults,
+    file_faults,
     find_position,
     id_key,
     kept_categories,
     load_json,
     phrase_of,
     positions_by_id,
-    progress,
     record_faults,
 )
 from sam3_lora.geometry import mask_problem, segmentation_of
-from sam3_lora.images import IMAGE_ERRORS, IMAGE_SUFFIXES, DatasetError, image_size, read_image
 
-# The checks are part of this module's interface: the other modules import them from here.
-__all__ = [
-    "IMAGE_ERRORS",
-    "IMAGE_SUFFIXES",
-    "CocoSplit",
-    "DatasetError",
-    "Fault",
-    "check_prompts",
-    "clean_name",
-    "decode_mask",
-    "encode_mask",
-    "find_faults",
-    "find_split",
-    "image_size",
-    "mask_area",
-    "mask_iou",
-    "read_coco",
-    "read_image",
-    "read_split",
-    "read_splits",
-    "sibling_val",
-    "split_dir",
-    "to_rle",
-    "write_splits",
-]
+# The scripts' way to images too, which `as` tells.
+from sam3_lora.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from sam3_lora.images import DatasetError
+from sam3_lora.images import image_size as image_size
+from sam3_lora.images import read_image as read_image
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +80,17 @@ class CocoSplit:
         return phrase_of(self.categories[category_id], self.prompts)
 
 
+def split_names(split: str) -> tuple[str, ...]:
+    """Returns the names that a split may have on disk, its own first: `val` and `valid` are one."""
+    return {"val": ("val", "valid"), "valid": ("valid", "val")}.get(split, (split,))
+
+
 def split_dir(data_dir: Path, split: str) -> Path:
-    """Returns a split's folder, `val` and `valid` being one; of two, that which holds annotations.
+    """Returns a split's folder; of `val` and `valid` that which holds annotations.
 
     The folder need not exist; its name is then `val`, never `valid`.
     """
-    names = (split, "valid" if split == "val" else "val") if split in ("val", "valid") else (split,)
+    names = split_names(split)
     folders = [Path(data_dir) / name for name in names]
     annotated = [folder for folder in folders if _annotation_file(folder)]
     existing = [folder for folder in folders if folder.is_dir()]
@@ -332,21 +314,12 @@ def check_images(split: CocoSplit) -> None:
         DatasetError: Images are missing, are no images, or have another size than the file says.
     """
 
-    def fault(record: dict[str, Any]) -> str | None:
-        path = split.image_path(record)
-        try:
-            width, height = image_size(path)
-        except (DatasetError, OSError) as error:
-            return str(error)
-        if (width, height) == (record["width"], record["height"]):
-            return None
-        size = f"{record['width']}x{record['height']}"
-        if (height, width) == (record["width"], record["height"]):
-            size += " (the photo is turned by its EXIF tag; annotate it as shown)"
-        return f"{path} (image id {record['id']}) has {width}x{height} pixels, expected {size}"
-
     with ThreadPoolExecutor() as pool:
-        faults = [found for found in pool.map(fault, split.images) if found]
+        checks = pool.map(
+            lambda image: list(file_faults(image, split.image_path(image), decode=False)),
+            split.images,
+        )
+        faults = [fault for found in checks for fault in found]
     if faults:
         more = f"; and {len(faults) - 1} more images" if len(faults) > 1 else ""
         message = f"{split.annotations_file}: {faults[0]}{more}"
@@ -422,7 +395,6 @@ def _is_running(pid: int) -> bool:
 
 def _is_there(target: Path, split: CocoSplit, overwrite: bool) -> bool:
     """Whether `target` holds just what would be written; raises where writing would lose files."""
-    check_prompts(split.prompts, split.categories.values())
     if split.images_dir.resolve().is_relative_to(target.resolve()):
         message = f"expected the source images outside {target}, found them in {split.images_dir}"
         raise DatasetError(f"{message}; the split is written as a whole: move them elsewhere")
@@ -460,7 +432,7 @@ def _sources(split: CocoSplit) -> dict[str, Path]:
 def _fill(folder: Path, split: CocoSplit, sources: dict[str, Path], link: bool) -> bool:
     """Makes a split's folder: the images, then annotations.json; returns whether linking works."""
     (folder / "images").mkdir(parents=True)
-    for name, source in progress(sources.items(), "images"):
+    for name, source in processes.progress(sources.items(), "images"):
         copy = folder / "images" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:

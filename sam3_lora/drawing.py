@@ -4,9 +4,10 @@ Images are uint8 (H, W, 3) RGB, boxes xyxy in pixels. Line width and text follow
 size, so that a thumbnail and a 20-megapixel photo read alike.
 """
 
+import logging
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sam3_lora.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 # One colour a prompt; neighbours differ in hue and in lightness.
 PALETTE = (
@@ -46,35 +49,33 @@ TITLE_SIZE = 20  # of the font, pixels; the legend's is smaller
 LEGEND_SIZE = 15
 SHEET_CELL = (340, 420)  # height and width of a contact sheet's pictures, pixels
 SHEET_COLUMNS = 4
-EXAMPLES, MAX_EXAMPLES = 12, 24  # pictures on a sheet; the more where the categories need them
 BAR_SIZE = (32, 240)  # height and width of a category's bar with its name, pixels
-QUALITY_KEYS = ("ap", "ap50", "cgf1")  # in any case
-IOU_KEYS = ("iou", "mask_iou", "box_iou")  # likewise
+QUALITY_KEYS = ("ap", "ap50", "cgf1")  # of a validation
 LEGEND_INSIDE = 6  # curves; a legend of more hides them
 LOG_SPAN = 2  # largest value over smallest; below it a logarithmic axis has too few ticks
 
 
 def draw_overlay(
     image: np.ndarray,
-    masks: Iterable[np.ndarray] | None,
+    masks: Iterable[np.ndarray],
     boxes_xyxy: np.ndarray,
     labels: Sequence[str],
     colors: Sequence[int],
     box_prompts_xyxy: Iterable[Sequence[float]] = (),
-    box_prompt_labels: Iterable[int] | None = None,
+    box_prompt_labels: Iterable[int] = (),
     outlined: Sequence[bool] | None = None,
 ) -> np.ndarray:
     """Draws detections over an image.
 
     Args:
         image: uint8 (H, W, 3).
-        masks: bool (n, H, W), or None to draw boxes only. A colour tints a pixel once, however
+        masks: n of bool (H, W); an empty one is not drawn. A colour tints a pixel once, however
             many of its masks overlap there.
         boxes_xyxy: (n, 4) pixels; may reach beyond the image.
         labels: n texts such as "crack 0.87"; an empty one gets no tag.
         colors: n indices into PALETTE, counted round; one a prompt.
         box_prompts_xyxy: the user's boxes, drawn dashed.
-        box_prompt_labels: 1 positive (green) or 0 negative (red) each; None: all positive.
+        box_prompt_labels: 1 positive (green) or 0 negative (red), one a box.
         outlined: whether each box is drawn, beside its label; None: all.
 
     Returns:
@@ -86,19 +87,15 @@ def draw_overlay(
     palette = [PALETTE[k] for k in colors]
     line = max(1, round(LINE_WIDTH * math.sqrt(height * width)))
     picture = Image.fromarray(np.array(image, dtype=np.uint8))
-    if masks is not None:
-        _paint_masks(picture, masks, colors, line)
+    _paint_masks(picture, masks, colors, line)
     draw = ImageDraw.Draw(picture)
-    box_line = line if masks is None else max(1, line // 2)
     outlined = [True] * len(boxes) if outlined is None else outlined
     for box, color, drawn in zip(boxes, palette, outlined, strict=True):
         if box and drawn:
-            draw.rectangle(box, outline=color, width=box_line)
-    prompts = [_inside(box, width, height) for box in box_prompts_xyxy]
-    signs = [1] * len(prompts) if box_prompt_labels is None else box_prompt_labels
-    for box, sign in zip(prompts, signs, strict=True):
-        if box:
-            _dashed_box(draw, box, BOX_PROMPT_COLORS[bool(sign)], line)
+            draw.rectangle(box, outline=color, width=max(1, line // 2))
+    for prompt, label in zip(box_prompts_xyxy, box_prompt_labels, strict=True):
+        if box := _inside(prompt, width, height):
+            _dashed_box(draw, box, BOX_PROMPT_COLORS[label], line)
     _draw_tags(draw, (width, height), boxes, labels, palette)
     return np.array(picture)
 
@@ -219,22 +216,57 @@ def _fitted(text: str, font_size: int, width: int) -> tuple[str, ImageFont.FreeT
     room = width - 2 * max(1, font_size // 6)
     if len(text) > TAG_CHARACTERS:
         text = text[: TAG_CHARACTERS - 1] + "."
-    font = _font(font_size)
+    font = _font(font_size, text)
     if font.getlength(text) > room:
         font_size = max(MIN_FONT_SIZE, int(font_size * room / font.getlength(text)))
-        font = _font(font_size)
+        font = _font(font_size, text)
     while len(text) > 1 and font.getlength(text) > room:
         text = text[:-2] + "." if text.endswith(".") else text[:-1] + "."
     return text, font
 
 
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """A font that has the letters of a text, or a part of them where none has them all."""
+    return _load_font(_find_font(frozenset(map(ord, text)) - _letters(_own_font())), size)
+
+
+_load_font = cache(ImageFont.truetype)
+
+
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _own_font() -> str:
     """matplotlib's DejaVu Sans, which has Latin, Cyrillic, Greek, Arabic and more; PIL's own font
     has Latin alone."""
     import matplotlib  # slow to import
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+    return str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
+
+
+@cache
+def _letters(font: str) -> frozenset[int]:
+    """The code points that a font's file has."""
+    from matplotlib.ft2font import FT2Font  # slow to import
+
+    return frozenset(FT2Font(font).get_charmap())
+
+
+@cache
+def _find_font(missing: frozenset[int]) -> str:
+    """The first font of this machine that has letters which ours lacks, such as Chinese ones, and
+    Latin ones beside; ours where there are none, or no such font."""
+    from matplotlib.font_manager import findSystemFonts  # slow to import
+
+    wanted = missing | set(map(ord, "a0"))
+    for font in sorted(findSystemFonts()) if missing else ():
+        with suppress(RuntimeError, OSError):  # a damaged one
+            if wanted <= _letters(font):
+                return font
+    if missing:
+        letters = "".join(map(chr, sorted(missing)))
+        log.warning(
+            "no installed font has %s, drawn as boxes; install one, such as Noto Sans CJK", letters
+        )
+    return _own_font()
 
 
 def _tag_position(
@@ -301,41 +333,20 @@ def draw_panel(
         for left, width, cell in zip(lefts, widths, row, strict=True):
             panel.paste(Image.fromarray(cell), (left + (width - cell.shape[1]) // 2, top))
     for box, text, color in tags:
-        _draw_tag(draw, box, text, _font(LEGEND_SIZE), color)
+        _draw_tag(draw, box, text, _font(LEGEND_SIZE, text), color)
     return np.array(panel)
 
 
 def _place_legend(legend: Mapping[str, int], top: int, right: int) -> tuple[list[tuple], int]:
     """The legend's tags, (xyxy, text, colour), in as many lines as they need, and their end."""
-    x, tags, font = GUTTER, [], _font(LEGEND_SIZE)
+    x, tags = GUTTER, []
     for text, color in legend.items():
-        width, height = _tag_size(text, font)
+        width, height = _tag_size(text, _font(LEGEND_SIZE, text))
         if x > GUTTER and x + width + GUTTER > right:
             x, top = GUTTER, top + height + GUTTER
         tags.append(((x, top, x + width, top + height), text, PALETTE[color % len(PALETTE)]))
         x += width + GUTTER
     return tags, tags[-1][0][3] + GUTTER if tags else top
-
-
-def choose_examples(kinds: Sequence[set], seed: int = 0) -> list[int]:
-    """Chooses images for `draw_sheet`, so that every category is seen where that is possible.
-
-    Args:
-        kinds: the categories in each image.
-        seed: of the choice among equals.
-
-    Returns:
-        Positions, at most EXAMPLES, or MAX_EXAMPLES where the categories need them.
-    """
-    order = random.Random(seed).sample(range(len(kinds)), len(kinds))
-    chosen: list[int] = []
-    unseen = set().union(*kinds)
-    while unseen and len(chosen) < MAX_EXAMPLES:
-        best = max(order, key=lambda position: len(kinds[position] & unseen))
-        chosen.append(best)
-        unseen -= kinds[best]
-    rest = [position for position in order if position not in chosen]
-    return chosen + rest[: max(0, EXAMPLES - len(chosen))]
 
 
 def draw_sheet(
@@ -398,8 +409,8 @@ def draw_curves(log_rows: Iterable[dict[str, Any]], path: Path) -> None:
 
     Args:
         log_rows: rows with "step" and any of "loss", "loss_<term>", "lr", "train_iou", and
-            "val", a dict with any of "loss", IOU_KEYS and QUALITY_KEYS, directly or one dict deeper
-            (`{"segm": {"AP": 0.5}}`). What is missing, None or not finite is left out.
+            "val", a dict with any of "loss", "iou" and QUALITY_KEYS. What is missing, None or not
+            finite is left out.
         path: a .png; written whole or not at all.
     """
     from matplotlib.figure import Figure  # slow to import; needs no display, unlike pyplot
@@ -409,7 +420,7 @@ def draw_curves(log_rows: Iterable[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(2, 3, sharex=True).flat
     for axis, (title, curves) in zip(axes, _curves(rows).items(), strict=True):
         _draw_axis(axis, title, curves)
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[list[dict], str, str]]]:
@@ -418,20 +429,16 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[list[dict], str,
     Training's loss has terms that validation's has not (the one-to-many branch), and the two are
     means over other things: each has an axis of its own. IoU is the same figure in both.
     """
-    validation = [{**_flat(row.get("val") or {}), "step": row["step"]} for row in rows]
+    validation = [{**row["val"], "step": row["step"]} for row in rows if "val" in row]
     names = {key for row in rows for key in row}
     terms = sorted(n for n in names if n.startswith("loss_") or n == "presence_loss")
-    names = dict.fromkeys(key for row in validation for key in row)  # in the order logged
-    last = {name: name.split(" ")[-1].lower() for name in names}
-    ious = [name for name in names if last[name] in IOU_KEYS]
     return {
         "training loss": [(rows, "loss", "loss")],
         "training loss terms": [(rows, term, term.removeprefix("loss_")) for term in terms],
         "learning rate": [(rows, "lr", "lr")],
         "validation loss": [(validation, "loss", "loss")],
-        "validation quality": [(validation, n, n) for n in names if last[n] in QUALITY_KEYS],
-        "mean IoU": [(rows, "train_iou", "training")]
-        + [(validation, n, f"validation {n if len(ious) > 1 else ''}".strip()) for n in ious],
+        "validation quality": [(validation, name, name) for name in QUALITY_KEYS],
+        "mean IoU": [(rows, "train_iou", "training"), (validation, "iou", "validation")],
     }
 
 
@@ -463,15 +470,6 @@ def _draw_axis(axis: Any, title: str, curves: list[tuple[list[dict], str, str]])
         axis.ticklabel_format(axis="y", scilimits=(-3, 4))
 
 
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """A record whose dicts are spread out: {"segm": {"AP": 1}} is {"segm AP": 1}."""
-    flat = {}
-    for key, value in record.items():
-        nested = value.items() if isinstance(value, dict) else ()
-        flat |= {f"{key} {inner}": v for inner, v in nested} or {key: value}
-    return flat
-
-
 def _plot(axis: Any, rows: list[dict], key: str, label: str) -> list[float]:
     """Plots the finite values of one key, with dots where they are few; returns them."""
     points = [(row["step"], row[key]) for row in rows if _finite(row.get(key))]
@@ -488,5 +486,4 @@ def _finite(value: Any) -> bool:
 
 def _save(figure: Any, path: Path) -> None:
     """Writes a figure, whole or not at all."""
-    form = path.suffix.lstrip(".") or "png"
-    write_atomically(path, lambda place: figure.savefig(place, format=form, dpi=110))
+    write_atomically(path, lambda place: figure.savefig(place, format="png", dpi=110))

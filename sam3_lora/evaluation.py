@@ -21,15 +21,13 @@ from lora_layers import merge_lora
 from sam3_lora import checkpoint, engine, processes
 from sam3_lora.coco import CocoSplit, encode_mask
 from sam3_lora.forward import Forward, predict_masks
-from sam3_lora.metrics import DetectionAccumulator, rank_scores, select_detections
+from sam3_lora.metrics import DetectionAccumulator, Detections, rank_scores, select_detections
 from sam3_lora.model import cast_towers, choose_device, compute_dtype, load_model
 
 log = logging.getLogger(__name__)
 
 # Masks drawn at once at the photo's size: bounds memory, 8 x 12 megapixels in fp32 are 400 MB.
 MASKS_AT_ONCE = 8
-
-Detections = dict[str, Any]
 
 
 def resolve_model(
@@ -260,8 +258,7 @@ def summarize(
     by_image = {image_id: own for part in processes.gather(found) for image_id, own in part.items()}
     accumulator = DetectionAccumulator(score_threshold, max_detections)
     for image_id in (image["id"] for image in split.images if image["id"] in by_image):
-        own = by_image[image_id]
-        accumulator.add_image(image_id, own, own["rles"])
+        accumulator.add_image(image_id, by_image[image_id])
     return accumulator.summary(split), accumulator.results()
 
 

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from sam3_lora import processes
 from sam3_lora.geometry import (
@@ -80,16 +79,12 @@ def find_faults(
         return [Fault("error", "file", str(error), file, None, "nothing else was checked", True)]
     return [
         *record_faults(payload, file, thorough=True),
-        *_set_faults(payload, file, count_tokens or _least_tokens),
+        *_count_faults(payload, file),
+        *_prompt_faults(payload, file, count_tokens),
+        *_name_faults(payload, file),
         *_disk_faults(payload, images_dir, file),
         *_copy_faults(payload, images_dir, file.parent),
     ]
-
-
-def progress(rows: Iterable, what: str, total: int | None = None) -> Iterable:
-    """Returns the rows under a progress bar: none off a terminal, nor for less than a second."""
-    off = not processes.shows_progress()
-    return tqdm(rows, what, total, delay=1, leave=False, disable=off)
 
 
 def check_prompts(prompts: Any, names: Iterable[str]) -> None:
@@ -129,7 +124,7 @@ def record_faults(payload: dict[str, Any], file: Path, thorough: bool = False) -
     image_at = positions_by_id(payload["images"])
     category_at = positions_by_id(kept_categories(payload))
     used_images, used_categories, suspects = set(), set(), []
-    for row in progress(payload["annotations"], "annotations"):
+    for row in processes.progress(payload["annotations"], "annotations"):
         image = find_position(image_at, row.get("image_id"))
         category = find_position(category_at, row.get("category_id"))
         used_images.add(image)
@@ -164,17 +159,16 @@ def _unused(payload: dict, file: Path, images: set, categories: set) -> Iterator
         if position not in categories:
             message = f"category {row.get('name')!r} has no object"
             remedy = "it is trained as absent everywhere; remove it if it is not wanted"
-            yield Fault(
-                "warning", "unused category", message, file, f"category {row.get('id')}", remedy
-            )
+            where = file, f"category {row.get('id')}"
+            yield Fault("warning", "unused category", message, *where, remedy)
     empty = sum(position not in images for position in range(len(payload["images"])))
     if empty:
         message = f"{empty} of {len(payload['images'])} images have no object"
         yield Fault("warning", "empty images", message, file, None, "they are kept as negatives")
 
 
-def _set_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterator[Fault]:
-    """Warnings about the set as a whole: crowded images, balance, prompts, names alike."""
+def _count_faults(payload: dict, file: Path) -> Iterator[Fault]:
+    """Warnings about numbers of objects: crowded images, categories out of balance."""
     rows, images = kept_categories(payload), payload["images"]
     image_at, category_at = positions_by_id(images), positions_by_id(rows)
     pairs: Counter = Counter()
@@ -191,27 +185,38 @@ def _set_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterator[F
             message += f"the model finds at most {QUERY_LIMIT} of one prompt in an image"
             where = file, f"image {_id_text(images[image])}"
             yield Fault("warning", "crowded image", message, *where, "cut the image into tiles")
-    if objects:
-        (most, high), (least, low) = objects.most_common()[0], objects.most_common()[-1]
-        if high > IMBALANCE * low:
-            names = [shown(rows[position].get("name")) for position in (most, least)]
-            message = f"{names[0]} has {high} objects, {names[1]} has {low}"
-            remedy = "the rare ones are learned last: add images of them"
-            yield Fault("warning", "imbalance", message, file, None, remedy)
-    prompts = payload.get("prompts")
-    pairs = prompts.items() if isinstance(prompts, dict) else ()
-    prompts = {key: phrase for key, phrase in pairs if isinstance(phrase, str)}
-    for row in rows:
+    if not objects:
+        return
+    (most, high), (least, low) = objects.most_common()[0], objects.most_common()[-1]
+    if high > IMBALANCE * low:
+        names = [shown(rows[position].get("name")) for position in (most, least)]
+        message = f"{names[0]} has {high} objects, {names[1]} has {low}"
+        remedy = "the rare ones are learned last: add images of them"
+        yield Fault("warning", "imbalance", message, file, None, remedy)
+
+
+def _prompt_faults(
+    payload: dict, file: Path, count_tokens: Callable[[str], int] | None
+) -> Iterator[Fault]:
+    """Warnings about prompts that are longer than the model reads; see `find_faults`."""
+    given = payload.get("prompts")
+    pairs = given.items() if isinstance(given, dict) else ()
+    prompts = {name: phrase for name, phrase in pairs if isinstance(phrase, str)}
+    how = "" if count_tokens else "at least "
+    for row in kept_categories(payload):
         name = row.get("name")
         phrase = phrase_of(name, prompts) if isinstance(name, str) else ""
-        tokens = count_tokens(phrase)
+        tokens = (count_tokens or _least_tokens)(phrase)
         if tokens > TOKEN_LIMIT:
-            how = "at least " if count_tokens is _least_tokens else ""
             message = f"the prompt {shown(phrase)} has {how}{tokens} tokens"
             remedy = f"the model reads {TOKEN_LIMIT}, start and end included: shorten it"
             where = file, f"category {_id_text(row)}"
             yield Fault("warning", "long prompt", message, *where, remedy)
-    names = {clean_name(row.get("file_name")) for row in images} - {None}
+
+
+def _name_faults(payload: dict, file: Path) -> Iterator[Fault]:
+    """Warnings about file names that are one on some disks."""
+    names = {clean_name(row.get("file_name")) for row in payload["images"]} - {None}
     for name, count in Counter(name.casefold() for name in names).items():
         if count > 1:
             message = f"{count} file names differ in capitals only, such as {shown(name)}"
@@ -296,7 +301,7 @@ def _image_faults(row: dict, file: Path, first_seen: dict[str, Any]) -> Iterator
 
 
 def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]:
-    """Faults that show in the images folder: absent files, other sizes, junk."""
+    """Faults that show in the images folder: absent files, other sizes, links out of it, junk."""
     if not images_dir.is_dir():
         message = f"expected the images folder {images_dir}, found none"
         yield Fault("error", "no images folder", message, file, None, "check the path")
@@ -304,10 +309,14 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
     names = [(row, clean_name(row.get("file_name"))) for row in payload["images"]]
     rows = [(row, images_dir / name) for row, name in names if name is not None]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda pair: list(_file_faults(*pair)), rows)
-        for faults in progress(found, "images", len(rows)):
+        found = pool.map(lambda pair: list(file_faults(*pair)), rows)
+        for faults in processes.progress(found, "images", len(rows)):
             yield from faults
-    listed = {path for _, path in rows}
+    listed, root = {path for _, path in rows}, images_dir.resolve()
+    for path in sorted(listed):
+        if not path.resolve().is_relative_to(root):
+            message = f"expected a file in the images folder, found a link to {path.resolve()}"
+            yield Fault("error", "link outside", message, path, None, "put the file in its place")
     unlisted = 0
     for path in sorted(images_dir.rglob("*")):
         if path.name.startswith("._"):
@@ -321,13 +330,9 @@ def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]
 
 
 def _copy_faults(payload: dict, images_dir: Path, folder: Path) -> Iterator[Fault]:
-    """Links to photos elsewhere; the same photo twice in a split, or in another beside it too."""
+    """The same photo twice in a split, or in another beside it too."""
     names = {clean_name(row.get("file_name")) for row in payload["images"]} - {None}
-    here, root = {images_dir / name for name in names}, images_dir.resolve()
-    for path in sorted(here):
-        if not path.resolve().is_relative_to(root):
-            message = f"expected a file in the images folder, found a link to {path.resolve()}"
-            yield Fault("error", "link outside", message, path, None, "put the file in its place")
+    here = {images_dir / name for name in names}
     others = {
         path
         for name in {"train", "val", "valid", "test"} - {folder.name}
@@ -345,16 +350,17 @@ def _copy_faults(payload: dict, images_dir: Path, folder: Path) -> Iterator[Faul
             if first != path and first in here:
                 kind, remedy = "photo twice", "keep one, with all its objects"
                 if path in others:
-                    kind, remedy = (
-                        "photo in two splits",
-                        "keep one: what was trained on tests nothing",
-                    )
+                    kind = "photo in two splits"
+                    remedy = "keep one: what was trained on tests nothing"
                 message = f"expected each photo once, found the same file as {path}"
                 yield Fault("warning", kind, message, first, None, remedy)
 
 
-def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
-    """Faults of one image's file: absent, unreadable, cut short, of another size."""
+def file_faults(row: dict, path: Path, decode: bool = True) -> Iterator[Fault]:
+    """Yields the fault of an image's file: absent, unreadable, cut short, of another size.
+
+    Without `decode` its header alone is read, which does not tell of one cut short.
+    """
     where = path, f"image {row.get('id')}"
     if not path.is_file():
         message = "expected an image file, found none"
@@ -365,13 +371,9 @@ def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
     except DatasetError as error:
         yield Fault("error", "unreadable image", str(error), *where, "remove its row")
         return
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except IMAGE_ERRORS as error:
-        reason = "truncated" if "truncated" in str(error) else error
+    if decode and (damage := _damage(path)):
         remedy = "replace the file or remove its row"
-        yield Fault("error", "unreadable image", f"cannot be read: {reason}", *where, remedy)
+        yield Fault("error", "unreadable image", f"cannot be read: {damage}", *where, remedy)
         return
     wanted = row.get("width"), row.get("height")
     if found != wanted:
@@ -381,6 +383,16 @@ def _file_faults(row: dict, path: Path) -> Iterator[Fault]:
         if found == wanted[::-1]:
             remedy += "; if it is rotated by its EXIF tag, annotate it as shown"
         yield Fault("error", "image size", message, *where, remedy)
+
+
+def _damage(path: Path) -> str | None:
+    """What keeps an image's pixels from being read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except IMAGE_ERRORS as error:
+        return "truncated" if "truncated" in str(error) else str(error)
+    return None
 
 
 def _id_text(row: dict) -> str:

@@ -38,7 +38,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from tqdm import tqdm
 
 from sam3_lora import processes
 from sam3_lora.dataset import PromptDataset
@@ -175,7 +174,7 @@ class FeatureCache:
         log.info("%s, %d views to compute", self, len(missing))
         dataset.parts = ("image",)
         built = self.build(build_loader(dataset, missing, num_workers))
-        for _ in tqdm(built, "features", len(missing), disable=not processes.shows_progress()):
+        for _ in processes.progress(built, "views", len(missing)):
             pass
         processes.wait()  # for what the others compute
         dataset.parts = ("targets",)

@@ -174,10 +174,11 @@ def collect(
             "category_id": np.array([row["category_id"] for row in own], dtype=np.int64),
             "score": np.array([row["score"] for row in own], dtype=np.float64),
             "boxes_xyxy": boxes,
+            "rles": None,
         }
-        masked = all("segmentation" in row for row in own)
-        rles = [row["segmentation"] for row in own] if masked else None
-        accumulator.add_image(image_id, detections, rles)
+        if all("segmentation" in row for row in own):
+            detections["rles"] = [row["segmentation"] for row in own]
+        accumulator.add_image(image_id, detections)
     return accumulator
 
 

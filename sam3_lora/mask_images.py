@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("index", "colour", "instance", "object")
 SPECK = 4  # pixels; a connected part of fewer is most often the slip of a brush or of a resize
+# Share of `instance` objects in parts that do not touch, above which their values are taken for
+# classes: 38 of 46 in masks of street scenes, none of 190 in label maps of nuclei.
+SCATTERED = 0.5
 EIGHT_NEIGHBOURS = np.ones((3, 3))
 VOID = 255  # of index masks, as in Pascal VOC and Cityscapes
 WORKERS = min(8, os.cpu_count() or 1)  # each takes 0.4 GB for a mask of 12 megapixels
@@ -89,7 +92,8 @@ def read_masks(
         for file_name, (size, objects, left) in results:
             records[images_dir / file_name] = size, objects
             rest += left
-    _report(rest, any(objects for _, objects in records.values()), masks_dir, kind, ignored)
+    total = sum(len(objects) for _, objects in records.values())
+    _report(rest, total, masks_dir, kind, ignored)
     return split_of(masks_dir, images_dir, records, categories)
 
 
@@ -109,7 +113,7 @@ def _read_photo(
         if kind in ("index", "colour"):
             objects += _class_parts(values, table, ignored, least, rest)
         else:
-            objects += _value_objects(values, category_id, ignored, path, kind)
+            objects += _value_objects(values, category_id, ignored, path, kind, rest)
     return size, objects, rest
 
 
@@ -332,7 +336,8 @@ def _read_values(path: Path, kind: str, size: tuple[int, int], photo: Path) -> n
         pixels = np.asarray(image)
     if pages > 1:
         found = f"expected a mask of one page, found {pages} in {path}"
-        raise DatasetError(f"{found}; of a 3-D stack, save each slice and its image as a file")
+        remedy = "save each slice of a 3-D stack and of its image as a file, or move both away"
+        raise DatasetError(f"{found}; {remedy}")
     if lossy in LOSSY_FORMATS:
         found = f"expected masks as PNG or TIFF, found {path}, whose {lossy} compression"
         raise DatasetError(f"{found} changes values; export the masks as PNG")
@@ -390,7 +395,7 @@ def _class_parts(
 
 
 def _value_objects(
-    values: np.ndarray, category_id: int, ignored: set[int], path: Path, kind: str
+    values: np.ndarray, category_id: int, ignored: set[int], path: Path, kind: str, rest: Counter
 ) -> list[dict]:
     """The objects of a mask of which each value, or (`object`) the only one, is an object."""
     found, labels = np.unique(values, return_inverse=True)
@@ -402,7 +407,14 @@ def _value_objects(
         if kind == "instance":
             remedy = "check that --masks_dir holds label maps, not photos"
         raise DatasetError(f"expected {wanted} in a mask, found {kept.sum()} in {path}; {remedy}")
-    return _records(labels.reshape(values.shape), kept, category_id)
+    labels = labels.reshape(values.shape)
+    if kind == "instance":
+        boxes = ndimage.find_objects(labels + 1)
+        rest["scattered"] += sum(
+            ndimage.label(labels[boxes[label]] == label, EIGHT_NEIGHBOURS)[1] > 1
+            for label in np.flatnonzero(kept)
+        )
+    return _records(labels, kept, category_id)
 
 
 def _records(labels: np.ndarray, kept: np.ndarray, category_id: int) -> list[dict]:
@@ -427,9 +439,13 @@ def _records(labels: np.ndarray, kept: np.ndarray, category_id: int) -> list[dic
     return records
 
 
-def _report(rest: Counter, any_object: bool, masks_dir: Path, kind: str, ignored: set[int]) -> None:
-    """Warns of small parts; raises where values have no name, or where there is no object."""
-    left_out, specks = rest.pop("left out", 0), rest.pop("specks", 0)
+def _report(rest: Counter, total: int, masks_dir: Path, kind: str, ignored: set[int]) -> None:
+    """Warns of small parts, and of objects that look like classes; raises where values have no
+    name, or where there is no object."""
+    left_out, specks, scattered = (rest.pop(key, 0) for key in ("left out", "specks", "scattered"))
+    if scattered > SCATTERED * total:
+        message = "%d of %d objects lie in parts that do not touch; if a value is a class, "
+        logger.warning(message + "pass --kind index", scattered, total)
     if left_out:
         logger.warning("left out %d parts of classes, under --min_pixels", left_out)
     elif specks:
@@ -446,7 +462,7 @@ def _report(rest: Counter, any_object: bool, masks_dir: Path, kind: str, ignored
             f"{', '.join(values)}{more}; name them, --classes '{example}', or leave them out, "
             f'--void "{void}"; if each value is an object, pass --kind instance'
         )
-    if not any_object:
+    if not total:
         void = "".join(f", {_shown(v, kind)} (void)" for v in sorted(ignored))
         found = f"expected objects in {masks_dir}, found only 0{void}"
         remedy = "check --masks_dir"

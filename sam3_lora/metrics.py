@@ -32,7 +32,9 @@ PAIR_EPS = 1e-6  # cgf1_eval.py, in the denominators over pairs
 EMPTY_LISTED = 10  # categories without an object that the table lists; more are counted
 ALL_AREAS = [0.0, 1e10]  # pixels^2, COCOeval's range "all"
 
-Detections = dict[str, np.ndarray]  # of one image, as select_detections returns
+# Of one image: what `select_detections` returns, and "rles", a compressed mask of the image's size
+# for each, or None.
+Detections = dict[str, Any]
 
 
 def select_detections(
@@ -43,8 +45,8 @@ def select_detections(
     original_size: tuple[int, int],
     max_detections: int,
     score_threshold: float,
-) -> Detections:
-    """The detections of one image, over all its prompts, that some metric reads.
+) -> dict[str, np.ndarray]:
+    """The detections of one image, over all its prompts, that some metric reads; without masks.
 
     Args:
         logits: (B, Q) of the last decoder layer, tensor or array; the B rows of one image.
@@ -93,14 +95,14 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -x))
 
 
-def coco_results(image_id: int, found: Detections, rles: list[dict] | None = None) -> list[dict]:
+def coco_results(image_id: int, found: Detections) -> list[dict]:
     """The detections of one image as COCO results.
 
     Returns:
-        One dict a detection: image_id, category_id, bbox (xywh, pixels), score and, where
-        `rles` gives each detection's compressed RLE, segmentation.
+        One dict a detection: image_id, category_id, bbox (xywh, pixels), score and, where there
+        are masks, segmentation (compressed RLE).
     """
-    results = []
+    results, rles = [], found["rles"]
     for i, (x1, y1, x2, y2) in enumerate(np.asarray(found["boxes_xyxy"]).tolist()):
         result = {
             "image_id": int(image_id),
@@ -300,32 +302,29 @@ class DetectionAccumulator:
         """Takes the lowest score that counts as found, and how many of an image AP reads."""
         self.score_threshold = score_threshold
         self.max_detections = max_detections
-        self._images: dict[int, tuple[Detections, list[dict] | None]] = {}
+        self._images: dict[int, Detections] = {}
 
-    def add_image(
-        self, image_id: int, detections: Detections, rles: list[dict] | None = None
-    ) -> None:
+    def add_image(self, image_id: int, found: Detections) -> None:
         """Adds an image, once, even when it has no detections.
 
         Args:
             image_id: id in the split.
-            detections: as `select_detections` returns, by the same two limits.
-            rles: each detection's mask as compressed RLE of the image's size; None leaves
+            found: chosen by the same two limits; an image with detections and without masks leaves
                 the split without mask metrics.
 
         Raises:
             ValueError: the image was added before, or the masks are not one a detection.
         """
-        expected = len(detections["score"])
+        rles, expected = found["rles"], len(found["score"])
         if image_id in self._images:
             raise ValueError(f"image {image_id} was added before; add each image once")
         if rles is not None and len(rles) != expected:
             raise ValueError(f"image {image_id}: expected {expected} masks, found {len(rles)}")
-        self._images[image_id] = detections, rles
+        self._images[image_id] = found
 
     def results(self, most: int | None = None) -> list[dict]:
         """All detections, or the `most` best of each image, as COCO results."""
-        rows = (coco_results(image_id, *image) for image_id, image in self._images.items())
+        rows = (coco_results(image_id, found) for image_id, found in self._images.items())
         return [r for own in rows for r in sorted(own, key=lambda r: -r["score"])[:most]]
 
     def summary(self, split: CocoSplit) -> dict[str, Any]:
@@ -349,7 +348,9 @@ class DetectionAccumulator:
         self._check(split)
         objects = [a for _, a in _annotations(split) if not a["iscrowd"]]
         with_mask = sum(bool(a["segmentation"]) for a in objects)
-        masks_made = all(r is not None or not len(d["score"]) for d, r in self._images.values())
+        masks_made = all(
+            found["rles"] is not None or not len(found["score"]) for found in self._images.values()
+        )
         use_masks = bool(with_mask and masks_made)
         box_ious = list(self.pair_ious(split, "bbox"))
         mask_ious = list(self.pair_ious(split, "segm")) if use_masks else []
@@ -385,10 +386,10 @@ class DetectionAccumulator:
                 f"expected add_image for each of the split's {len(sizes)} images, found "
                 f"{len(self._images)} (see id {min(differing)}); cut split.images to those added"
             )
-        for image_id, (found, rles) in self._images.items():
+        for image_id, found in self._images.items():
             if strangers := set(np.asarray(found["category_id"]).tolist()) - set(split.categories):
                 raise ValueError(f"image {image_id}: no category {min(strangers)} in the split")
-            for rle in rles or []:
+            for rle in found["rles"] or []:
                 if list(rle["size"]) != sizes[image_id]:
                     wanted = f"expected a mask of (H, W) {sizes[image_id]}"
                     raise ValueError(f"image {image_id}: {wanted}, found {rle['size']}")
@@ -396,7 +397,7 @@ class DetectionAccumulator:
     def pair_ious(self, split: CocoSplit, iou_type: str) -> Iterator[np.ndarray]:
         """IoU matrix of each pair: detections >= threshold x objects (for masks, with one)."""
         for image in split.images:
-            found, rles = self._images[image["id"]]
+            found = self._images[image["id"]]
             kept = np.flatnonzero(np.asarray(found["score"]) >= self.score_threshold)
             kept_categories = np.asarray(found["category_id"])[kept]
             objects = [a for a in split.annotations[image["id"]] if not a["iscrowd"]]
@@ -409,7 +410,7 @@ class DetectionAccumulator:
                     yield np.zeros((len(dt), len(gt)))
                 elif iou_type == "segm":
                     truth = [to_rle(a["segmentation"], image["height"], image["width"]) for a in gt]
-                    yield mask_iou([rles[i] for i in dt], truth)
+                    yield mask_iou([found["rles"][i] for i in dt], truth)
                 else:
                     corners = np.array([a["bbox"] for a in gt], dtype=np.float64)
                     corners[:, 2:] += corners[:, :2]  # xywh to xyxy
@@ -420,7 +421,7 @@ class DetectionAccumulator:
         makes a prompt present."""
         counts = []
         for image in split.images:
-            found, _ = self._images[image["id"]]
+            found = self._images[image["id"]]
             kept = np.asarray(found["score"]) >= self.score_threshold
             fired = set(np.asarray(found["category_id"])[kept].tolist())
             present = {a["category_id"] for a in split.annotations[image["id"]]}

@@ -3,26 +3,21 @@
 import logging
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sam3_lora.coco import CocoSplit, DatasetError, Fault, decode_mask, read_image
-from sam3_lora.drawing import (
-    SHEET_CELL,
-    choose_examples,
-    draw_overlay,
-    draw_panel,
-    draw_sheet,
-    to_cell,
-)
+from sam3_lora.coco import CocoSplit, DatasetError, decode_mask, read_image
+from sam3_lora.drawing import SHEET_CELL, draw_overlay, draw_panel, draw_sheet, to_cell
+from sam3_lora.faults import Fault
 
 logger = logging.getLogger(__name__)
 
 FAULTS_LISTED = 5  # of each kind
+EXAMPLES, MAX_EXAMPLES = 12, 24  # pictures on a sheet; the more where the categories need them
 PANEL_IMAGES = 4
 EMPTY_LISTED = 10  # categories without an object; of more, the summary gives the number
 
@@ -94,6 +89,27 @@ def json_report(file: Path, split: CocoSplit | None, faults: list[Fault]) -> dic
     keys = ("level", "kind", "message", "id", "remedy")
     rows = [{key: getattr(f, key) for key in keys} | {"file": str(f.file)} for f in faults]
     return report | {"faults": rows}
+
+
+def choose_examples(kinds: Sequence[set]) -> list[int]:
+    """Chooses images to show, so that every category is seen where that is possible.
+
+    Args:
+        kinds: the categories in each image.
+
+    Returns:
+        Positions, at most EXAMPLES, or MAX_EXAMPLES where the categories need them; the same each
+        time.
+    """
+    order = random.Random(0).sample(range(len(kinds)), len(kinds))
+    chosen: list[int] = []
+    unseen = set().union(*kinds)
+    while unseen and len(chosen) < MAX_EXAMPLES:
+        best = max(order, key=lambda position: len(kinds[position] & unseen))
+        chosen.append(best)
+        unseen -= kinds[best]
+    rest = [position for position in order if position not in chosen]
+    return chosen + rest[: max(0, EXAMPLES - len(chosen))]
 
 
 def preview(split: CocoSplit) -> np.ndarray:

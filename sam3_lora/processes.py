@@ -11,12 +11,14 @@ rank 0 of 1, and nothing here costs anything.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -24,9 +26,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 # A terminal's Ctrl-C, what schedulers send before they kill, and a closed connection.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+# Between two lines of progress in the log.
+LINE_SECONDS = 60
 
 Losses = dict[str, torch.Tensor]
 
@@ -62,6 +69,32 @@ def is_main() -> bool:
 def shows_progress() -> bool:
     """Whether a bar is drawn: by one process, on a terminal."""
     return is_main() and sys.stderr.isatty()
+
+
+def progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+    """The items under a progress bar, from a second on; off a terminal the log says each minute how
+    many are done.
+
+    Args:
+        items: what is worked on, one after another.
+        what: their name, in the plural.
+        total: their number; None asks the items for it.
+    """
+    if shows_progress():
+        return tqdm(items, what, total, delay=1, leave=False)
+    return _told(items, what, total) if is_main() else items
+
+
+def _told(items: Iterable[Any], what: str, total: int | None) -> Iterator[Any]:
+    """`progress` off a terminal."""
+    total = len(items) if total is None and isinstance(items, Sized) else total
+    of_all = f" of {total}" if total else ""
+    told = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            log.info("%d%s %s", number, of_all, what)
+        yield item
 
 
 def resume_command(script: str, config: Path) -> str:

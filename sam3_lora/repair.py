@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3_lora.coco import DatasetError, Fault, image_size, read_coco, write_splits
+from sam3_lora.coco import DatasetError, image_size, read_coco, write_splits
 from sam3_lora.faults import (
+    Fault,
     clean_name,
     find_position,
     id_key,

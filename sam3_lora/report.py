@@ -26,12 +26,11 @@ from sam3_lora.intervals import (
     draw_weights,
     rank_images,
 )
-from sam3_lora.overview import draw_objects
+from sam3_lora.overview import EMPTY_LISTED, draw_objects
 
 PANEL_TITLES = ("annotation", "base model", "adapter")
 EXAMPLES = 4  # images in each of the two lists, best and worst
 JPEG_QUALITY = 80
-EMPTY_LISTED = 10  # categories without an object that a table lists; more are counted
 WORDS_LISTED = 12  # of the words that find something
 FEW_IMAGES = 20  # below, intervals from the images themselves are too narrow to lean on
 # Things that any base model knows, to see whether an adapter still finds what its base found.
@@ -145,9 +144,11 @@ def draw_rows(
     base: list[dict[str, Any]],
     adapter: list[dict[str, Any]],
     threshold: float,
+    colors: Iterable[int] = (),
 ) -> tuple[list[list[np.ndarray]], dict[int, int]]:
     """Images of a split with their annotations, and with two models' COCO results of score >=
-    threshold: three pictures a row; and each category's colour."""
+    threshold: three pictures a row; and each category's colour, which those in `colors` have
+    already, in that order."""
     columns = []
     for image in images:
         found = [
@@ -157,7 +158,7 @@ def draw_rows(
         columns.append([list_objects(split, image), *found])
     # The annotations come first: they get the colours that no two categories share.
     ordered = [row for kind in zip(*columns, strict=True) for rows in kind for row in rows]
-    shown = dict.fromkeys(row["category_id"] for row in ordered)
+    shown = dict.fromkeys([*colors, *(row["category_id"] for row in ordered)])
     colors = {category_id: k for k, category_id in enumerate(shown)}
     pictures = []
     for image, own in zip(images, columns, strict=True):
@@ -167,14 +168,19 @@ def draw_rows(
 
 
 def draw_examples(
-    split: CocoSplit, base: list, adapter: list, per_image: list[dict[str, Any]], threshold: float
+    split: CocoSplit,
+    base: list[dict[str, Any]],
+    adapter: list[dict[str, Any]],
+    per_image: list[dict[str, Any]],
+    threshold: float,
+    colors: Iterable[int] = (),
 ) -> dict[str, list[tuple[str, list[np.ndarray]]]]:
     """The adapter's best and worst images: title -> (caption, three pictures as `draw_rows`)."""
     rows = {row["image_id"]: row for row in per_image}
     images = {image["id"]: image for image in split.images}
     best, worst = rank_images(per_image, EXAMPLES)
     chosen = best + worst
-    pictures, _ = draw_rows(split, [images[i] for i in chosen], base, adapter, threshold)
+    pictures, _ = draw_rows(split, [images[i] for i in chosen], base, adapter, threshold, colors)
     examples: dict[str, list] = {"Best images": [], "Worst images": []}
     for k, (image_id, own) in enumerate(zip(chosen, pictures, strict=True)):
         row = rows[image_id]

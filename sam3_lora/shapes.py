@@ -21,19 +21,17 @@ from xml.parsers import expat
 import numpy as np
 from PIL import Image
 
-from sam3_lora.coco import (
-    IMAGE_ERRORS,
-    IMAGE_SUFFIXES,
-    CocoSplit,
-    DatasetError,
-    decode_mask,
-    encode_mask,
-    image_size,
-    mask_area,
-)
+from sam3_lora.coco import CocoSplit, decode_mask, encode_mask, mask_area
 from sam3_lora.faults import clean_name, parse_json
 from sam3_lora.geometry import COORDINATE_LIMIT, POINT_LIMIT, is_flat
-from sam3_lora.images import UNSAFE, refuse_bomb
+from sam3_lora.images import (
+    IMAGE_ERRORS,
+    IMAGE_SUFFIXES,
+    UNSAFE,
+    DatasetError,
+    image_size,
+    refuse_bomb,
+)
 
 logger = logging.getLogger(__name__)
 

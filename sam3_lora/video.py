@@ -26,7 +26,8 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from sam3_lora.coco import decode_mask, encode_mask, mask_iou, progress
+from sam3_lora import processes
+from sam3_lora.coco import decode_mask, encode_mask, mask_iou
 from sam3_lora.dataset import place_on_canvas
 from sam3_lora.drawing import draw_overlay
 from sam3_lora.evaluation import Detections
@@ -420,7 +421,7 @@ def write_video(
     def save(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as stream:
             comma = "["
-            for frame, found, ids in progress(tracked, "frames", clip.total):
+            for frame, found, ids in processes.progress(tracked, "frames", clip.total):
                 name = f"{len(pictures) + 1:05d}"
                 pictures.append(outputs.frames / f"{name}.png")
                 write_picture(pictures[-1], _draw(frame.photo, found, ids, prompts))
@@ -443,7 +444,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """The rows of the taken frame of that number."""
     place = {"file_name": frame.file_name, "frame": frame.index}
-    for row, key in zip(coco_results(number, found, found["rles"]), ids, strict=True):
+    for row, key in zip(coco_results(number, found), ids, strict=True):
         yield {**row, **place, "prompt": texts[row["category_id"] - 1], "track_id": key}
 
 

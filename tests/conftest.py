@@ -115,14 +115,11 @@ def value_reads() -> Callable[[], AbstractContextManager[list[str]]]:
 
 
 @pytest.fixture(scope="session")
-def run_data(write_source: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_data(write_split: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with 5 images to train on and 3 to validate on."""
-    from runs import convert  # after the environment above is set
-
     root = tmp_path_factory.mktemp("run_data")
-    for split, count in (("train", 5), ("val", 3)):
-        convert(write_source(root / f"source_{split}", count), root / "data", split)
-    return root / "data"
+    write_split(root, 5, "train")
+    return write_split(root, 3)
 
 
 @pytest.fixture
@@ -147,6 +144,22 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no public data sets at {folder}; set SAM3_LORA_REAL_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_split(write_source: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes a split of `write_source`: `write_split(folder, count, split="val", masks=True)`;
+    returns the data folder."""
+    import prepare_data
+
+    def write(folder: Path, count: int, split: str = "val", masks: bool = True) -> Path:
+        source = write_source(folder / "sources" / split, count, masks)
+        args = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
+        data = folder / "data"
+        assert prepare_data.main([*args, "--output_dir", str(data), "--split", split]) == 0
+        return data
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -457,7 +457,7 @@ FOLDERS = [
         ("split above", "{data} --split ../../data", "data", None),
         ("no categories", DATA_DIR, "one category", val(payload(categories=[], annotations=[]))),
         ("images vanished", DATA_DIR, "1.png", val(payload())),
-        ("image of other size", DATA_DIR, "96x64 pixels, expected 40x30", val(payload(), PNG)),
+        ("image of other size", DATA_DIR, "as annotated, found 96 x 64", val(payload(), PNG)),
         ("image damaged", DATA_DIR, "cannot identify", val(payload(), b"no")),
         ("image cut", DATA_DIR, "truncated", val(payload(), picture()[:80])),
     )

@@ -23,12 +23,12 @@ MAY_IMPORT = {
     "model": {"lora_layers", "processes"},
     "checkpoint": {"files", "lora_layers", "model"},
     "config": {"files", "images", "lora_layers", "options", "processes"},
-    "coco": {"faults", "geometry", "images"},
+    "coco": {"faults", "geometry", "images", "processes"},
     "faults": {"geometry", "images", "processes"},
     "images": {"geometry"},
     "repair": {"coco", "faults", "geometry"},
-    "overview": {"coco", "drawing"},
-    "formats": {"coco", "shapes"},
+    "overview": {"coco", "drawing", "faults"},
+    "formats": {"coco", "faults", "shapes"},
     "shapes": {"coco", "faults", "geometry", "images"},
     "mask_images": {"coco", "shapes", "images"},
     "tiles": {"coco", "geometry"},
@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "drawing": {"files"},
     "runlog": {"drawing", "files"},
     "video": {"checkpoint", "coco", "dataset", "drawing", "evaluation", "files", "forward"}
-    | {"geometry", "images", "metrics", "model", "prediction"},
+    | {"geometry", "images", "metrics", "model", "prediction", "processes"},
 }
 # What scripts of a folder share; `rivals` is for all benchmarks.
 SHARED_BY_SCRIPTS = {

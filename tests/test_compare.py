@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 import evaluate_sam3_lora
-import prepare_data
 from lora_layers import LoRAConfig, lora_modules, remove_lora
 from sam3_lora import checkpoint, evaluation, report
 from sam3_lora.coco import CocoSplit
@@ -34,16 +33,10 @@ def adapter_file(tiny_model_dir, save_random_adapter, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data_dirs(write_source, tmp_path_factory) -> dict[str, Path]:
+def data_dirs(write_split, tmp_path_factory) -> dict[str, Path]:
     """Three images of 96 x 64 pixels, of which two have objects: with masks, and boxes only."""
-    folders = {}
-    for kind in ("masks", "boxes"):
-        root = tmp_path_factory.mktemp(kind)
-        source = write_source(root / "source", 3, masks=kind == "masks")
-        argv = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-        assert prepare_data.main([*argv, "--output_dir", str(root), "--split", "val"]) == 0
-        folders[kind] = root
-    return folders
+    root = tmp_path_factory.mktemp("data")
+    return {k: write_split(root / k, 3, masks=k == "masks") for k in ("masks", "boxes")}
 
 
 @pytest.fixture
@@ -180,9 +173,9 @@ def test_the_images_with_the_most_categories_are_drawn(monkeypatch) -> None:
     drawn = []
     photo = np.full((10, 20, 3), 90, np.uint8)
     monkeypatch.setattr(report, "read_image", lambda p: drawn.append(p.name) or photo)
-    panel = evaluate_sam3_lora.draw_comparison(split, [], [], 0.5)
+    panel, colors = evaluate_sam3_lora.draw_comparison(split, [], [], 0.5)
     assert drawn == ["2.png", "5.png", "4.png", "1.png"]
-    assert panel.shape[1] == 3 * WIDTH + 4 * GUTTER
+    assert panel.shape[1] == 3 * WIDTH + 4 * GUTTER and colors == {0: 0, 1: 1, 2: 2}
 
 
 def test_the_table_of_both() -> None:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import evaluate_sam3_lora
-import prepare_data
 from lora_layers import LoRAConfig, apply_lora, load_lora_state_dict, lora_modules
-from sam3_lora import checkpoint, evaluation
+from sam3_lora import checkpoint, evaluation, processes
 from sam3_lora.coco import CocoSplit
 from sam3_lora.config import Config, save_config
 from sam3_lora.forward import Forward
@@ -183,12 +182,8 @@ def test_the_model_is_that_of_flags_adapter_and_config(case, caplog) -> None:
 
 
 @pytest.fixture(scope="module")
-def data_dir(write_source, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("evaluated")
-    source = write_source(root / "source", 3)
-    argv = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-    assert prepare_data.main([*argv, "--output_dir", str(root / "data"), "--split", "val"]) == 0
-    return root / "data"
+def data_dir(write_split, tmp_path_factory) -> Path:
+    return write_split(tmp_path_factory.mktemp("evaluated"), 3)
 
 
 @pytest.fixture
@@ -239,6 +234,14 @@ def test_an_adapter_is_read_once(run, adapter_file, tmp_path, monkeypatch) -> No
     assert len(reads) == 1
 
 
+def test_off_a_terminal_the_log_tells_how_far_it_is(run, adapter_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LINE_SECONDS", 0)
+    for words in ([], ["--tile", 0.6]):
+        words = ["--lora_weights", adapter_file, "--output_dir", tmp_path / "out", *words]
+        code, err = run(*words, "--overwrite")
+        assert code == 0 and "INFO 2 of 3 images" in err
+
+
 def test_an_earlier_evaluation_is_renamed_or_replaced(run, adapter_file, tmp_path) -> None:
     copy = tmp_path / "best_model" / "lora_weights.pt"
     copy.parent.mkdir()
@@ -255,11 +258,11 @@ def test_an_earlier_evaluation_is_renamed_or_replaced(run, adapter_file, tmp_pat
     assert code == 0 and "renamed" not in err
     assert read_metrics(copy.parent / "evaluation_val")["counts"]["images"] == 1
     assert {path.name for path in copy.parent.iterdir()} == names
-    # The adapter is never renamed with an evaluation beside it.
+    # What else there is in the folder, such as the adapter, is never renamed with an evaluation.
     beside = [*words, "--output_dir", copy.parent]
     assert run(*beside)[0] == 0
     code, err = run(*beside)
-    assert code == 2 and "files in use" in err and copy.exists()
+    assert code == 2 and "found evaluation_val;" in err and copy.exists()
 
 
 def test_a_limit_cuts_the_split_before_its_data_set_is_built(

@@ -18,7 +18,6 @@ import hostile_runs
 import pytest
 from hostile_runs import Case, Places
 
-import prepare_data
 from lora_layers import LoRAConfig
 
 pytestmark = pytest.mark.scripts
@@ -39,13 +38,11 @@ messages: dict[str, str] = {}  # of the cases that have run, by name
 
 
 @pytest.fixture(scope="module")
-def shared(write_source, save_random_adapter, tiny_model_dir, tmp_path_factory) -> Places:
+def shared(write_split, save_random_adapter, tiny_model_dir, tmp_path_factory) -> Places:
     """What is good and shared by all cases."""
     root = tmp_path_factory.mktemp("good")
     for split in ("train", "val"):
-        source = write_source(root / "sources" / split, 3)
-        argv = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-        assert prepare_data.main([*argv, "--output_dir", str(root / "data"), "--split", split]) == 0
+        write_split(root, 3, split)
     lora = LoRAConfig(rank=4, alpha=8.0, components=("detr_decoder",))
     categories = {"red_part": "red part", "blue_part": "blue part"}
     told = {"categories": categories, "geometry_cls": "meta", "step": 3, "metrics": {}}

@@ -14,6 +14,7 @@ from PIL import Image
 
 from sam3_lora import coco
 from sam3_lora.coco import CocoSplit, DatasetError
+from sam3_lora.faults import find_faults
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 
 WIDTH, HEIGHT = 80, 60
@@ -174,7 +175,7 @@ def test_boxes_are_those_of_coco(photos, reader):
     assert comparable(split) == comparable(wanted)
     assert all(item["segmentation"] is None for rows in split.annotations.values() for item in rows)
     (folder,) = coco.write_splits(photos / "data", {"train": split})
-    faults = coco.find_faults(*coco.find_split(folder))
+    faults = find_faults(*coco.find_split(folder))
     assert [fault for fault in faults if fault.level == "error"] == []
 
 

@@ -53,7 +53,7 @@ def an_object(number, category_id, box, mask=True, crowd=0):
 
 
 def found(*rows):
-    """Detections from (category_id, score, [x, y, w, h]), and their masks, filled boxes."""
+    """Detections from (category_id, score, [x, y, w, h]); their masks are filled boxes."""
     boxes = np.array([box for _, _, box in rows], dtype=np.float64).reshape(-1, 4)
     rles = []
     for x, y, w, h in boxes.astype(int):
@@ -61,19 +61,19 @@ def found(*rows):
         mask[y : y + h, x : x + w] = True
         rles.append(encode_mask(mask))
     boxes[:, 2:] += boxes[:, :2]
-    detections = {
+    return {
         "category_id": np.array([c for c, _, _ in rows], dtype=np.int64),
         "score": np.array([s for _, s, _ in rows], dtype=np.float64),
         "boxes_xyxy": boxes,
+        "rles": rles,
     }
-    return detections, rles
 
 
 def summary_of(split, images, **options):
-    """The summary when each image of `images` {id: (detections, rles)} was added."""
+    """The summary when each image of `images` {id: detections} was added."""
     accumulator = DetectionAccumulator(**LIMITS | options)
-    for image_id, (detections, rles) in images.items():
-        accumulator.add_image(image_id, detections, rles)
+    for image_id, image in images.items():
+        accumulator.add_image(image_id, image)
     return accumulator.summary(split)
 
 
@@ -126,7 +126,7 @@ def test_accumulator_gives_the_golden_cgf1_too():
         i: found(*((1, p["score"], p["bbox"]) for p in predicted if p["image_id"] == i))
         for i in of_image
     }
-    summary = summary_of(split, {i: (detections, None) for i, (detections, _) in images.items()})
+    summary = summary_of(split, {i: {**image, "rles": None} for i, image in images.items()})
     assert summary["cgf1"]["iou_type"] == "bbox"
     assert summary["segm"] is None and summary["mask_iou"] is None
     for name, value in EXPECTED.items():
@@ -220,7 +220,7 @@ def test_ap_by_hand():
     # it at 101 recalls: 51 of them up to 0.5. The second hit has IoU 0.64: only 0.5, 0.55, 0.6.
     objects = [an_object(1, 1, [0, 0, 20, 20]), an_object(2, 1, [50, 50, 20, 25])]
     split = split_of({1: objects}, {1: "dog"})
-    detections, _ = found(
+    detections = found(
         (1, 0.9, [0, 0, 20, 20]), (1, 0.8, [0, 70, 9, 9]), (1, 0.7, [50, 50, 20, 16])
     )
     both, first = (51 + 50 * 2 / 3) / 101, 51 / 101
@@ -276,7 +276,7 @@ def test_ap_is_that_of_plain_pycocotools(seed, kind, tmp_path, capsys):
     split, images = random_case(seed)
     accumulator = DetectionAccumulator(**LIMITS)
     for image_id, image in images.items():
-        accumulator.add_image(image_id, *image)
+        accumulator.add_image(image_id, image)
     ap = accumulator.summary(split)[kind]
     assert capsys.readouterr().out == ""
     evaluation = plain_pycocotools(split, accumulator.results(), kind, tmp_path)
@@ -292,7 +292,7 @@ def test_ap_is_that_of_plain_pycocotools(seed, kind, tmp_path, capsys):
 
 def test_annotation_id_0_is_found():
     split = split_of({1: [an_object(0, 1, [10, 10, 20, 20])]}, {1: "dog"})
-    detections, _ = found((1, 0.9, [10, 10, 20, 20]))
+    detections = found((1, 0.9, [10, 10, 20, 20]))
     assert coco_ap(split, coco_results(1, detections), "bbox")["AP"] == pytest.approx(1)
 
 
@@ -355,7 +355,7 @@ def test_ap_reads_an_images_best_and_the_others_all_that_score():
 
 
 def test_without_predicted_masks_there_are_box_metrics_only():
-    summary = summary_of(two_images(), {1: (found(*PERFECT)[0], None), 2: found()})
+    summary = summary_of(two_images(), {1: {**found(*PERFECT), "rles": None}, 2: found()})
     assert summary["segm"] is None and summary["mask_iou"] is None
     assert summary["cgf1"]["iou_type"] == "bbox" and summary["box_iou"] == pytest.approx(1)
 
@@ -373,16 +373,16 @@ def test_what_would_be_silently_wrong_is_refused():
     split = two_images()
     with pytest.raises(ValueError, match="image 2: no category 7"):
         summary_of(split, {1: found(), 2: found((7, 0.9, [0, 0, 5, 5]))})
-    detections, _ = found((1, 0.9, [0, 0, 5, 5]))
+    detections = found((1, 0.9, [0, 0, 5, 5]))
     small = [encode_mask(np.ones((50, 50), dtype=bool))]
     with pytest.raises(ValueError, match=r"expected a mask of \(H, W\) \[100, 100\], found"):
-        summary_of(split, {1: (detections, small), 2: found()})
+        summary_of(split, {1: {**detections, "rles": small}, 2: found()})
     accumulator = DetectionAccumulator(**LIMITS)
     accumulator.add_image(1, detections)
     with pytest.raises(ValueError, match="image 1 was added before"):
         accumulator.add_image(1, detections)
     with pytest.raises(ValueError, match="expected 1 masks, found 0"):
-        accumulator.add_image(2, detections, [])
+        accumulator.add_image(2, {**detections, "rles": []})
 
 
 def test_score_is_the_product_and_boxes_are_the_photos():
@@ -431,11 +431,12 @@ def test_scores_of_low_logits_keep_their_order_and_bf16_is_read():
 
 
 def test_results_are_coco_results():
-    detections, rles = found((1, 0.75, [10, 20, 30, 40]))
+    detections = found((1, 0.75, [10, 20, 30, 40]))
     expected = {"image_id": 5, "category_id": 1, "bbox": [10, 20, 30, 40], "score": 0.75}
-    assert coco_results(5, detections) == [expected]
-    assert coco_results(5, detections, rles) == [{**expected, "segmentation": rles[0]}]
-    json.dumps(coco_results(np.int64(5), detections, rles))
+    assert coco_results(5, {**detections, "rles": None}) == [expected]
+    masked = coco_results(5, detections)
+    assert masked == [{**expected, "segmentation": detections["rles"][0]}]
+    json.dumps(coco_results(np.int64(5), detections))
 
 
 def test_table_names_prompts_and_says_undefined():

@@ -134,3 +134,15 @@ def test_a_split_that_stays_is_told(command, caplog):
     assert prepare_data.main([*command, "--fractions", "0.4,0.3,0.3"]) == 0
     assert prepare_data.main([*command, "--fractions", "0.6,0.4,0", "--overwrite"]) == 0
     assert "test stays as it is: its photos may be in the new splits too" in caplog.text
+
+
+def test_examples_show_every_category():
+    kinds = [set(), {1}, {1, 2}, {3}, {2}] + [{1}] * 30
+    chosen = overview.choose_examples(kinds)
+    assert chosen == overview.choose_examples(kinds)
+    assert len(set(chosen)) == len(chosen) == overview.EXAMPLES
+    assert {2, 3} <= set(chosen)
+    assert sorted(overview.choose_examples(kinds[:3])) == [0, 1, 2]
+    many = [{k} for k in range(40)]
+    assert len(overview.choose_examples(many)) == overview.MAX_EXAMPLES
+    assert overview.choose_examples([]) == []

@@ -9,8 +9,8 @@ from PIL import Image
 
 import prepare_data
 from sam3_lora import coco
-from sam3_lora.coco import find_faults
 from sam3_lora.drawing import PALETTE
+from sam3_lora.faults import find_faults
 from sam3_lora.repair import mend_split
 
 SQUARE = [[2, 2, 20, 2, 20, 20, 2, 20]]

@@ -18,12 +18,12 @@ from PIL import Image
 
 import evaluate_sam3_lora
 import inference
-import prepare_data
 from lora_layers import AdapterError, LoRAConfig
 from sam3_lora import checkpoint, intervals, report
 from sam3_lora.coco import CocoSplit, encode_mask
 from sam3_lora.config import Config
 from sam3_lora.dataset import OUT_OF_DOMAIN_WORDS
+from sam3_lora.drawing import PALETTE
 
 LORA = LoRAConfig(
     rank=2,
@@ -51,15 +51,10 @@ def adapter(adapter_file, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data_dirs(write_source, tmp_path_factory) -> dict[str, Path]:
+def data_dirs(write_split, tmp_path_factory) -> dict[str, Path]:
     """Splits of three images: with masks, boxes only, and without any object."""
-    folders = {}
-    for kind in ("masks", "boxes", "empty"):
-        root = tmp_path_factory.mktemp(kind)
-        source = write_source(root / "source", 3, masks=kind != "boxes")
-        argv = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-        assert prepare_data.main([*argv, "--output_dir", str(root), "--split", "val"]) == 0
-        folders[kind] = root
+    root, kinds = tmp_path_factory.mktemp("data"), ("masks", "boxes", "empty")
+    folders = {k: write_split(root / k, 3, masks=k != "boxes") for k in kinds}
     file = folders["empty"] / "val" / "annotations.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**content, "annotations": []}), encoding="utf-8")
@@ -208,6 +203,12 @@ def test_an_earlier_report_is_renamed_or_replaced(run, tmp_path) -> None:
     code, _, err = run(*words)
     assert code == 0 and "renamed to" in err
     assert {path.name for path in (tmp_path / "out.1").iterdir()} == FILES
+    # Nor is a folder that holds more: another tool's figures, a paper's pictures.
+    (tmp_path / "out" / "figure.pdf").write_text("mine", encoding="utf-8")
+    code, out, err = run(*words)
+    assert (code, out) == (2, "") and "found figure.pdf; name another folder" in err
+    assert (tmp_path / "out" / "figure.pdf").exists() and not (tmp_path / "out.2").exists()
+    (tmp_path / "out" / "figure.pdf").unlink()
     assert run("--output_dir", tmp_path / "out", "--overwrite")[0] == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"metrics.json", "detections.json"}
 
@@ -453,7 +454,24 @@ def test_numbers_are_never_a_negative_zero() -> None:
     assert report._number(-0.0001, signed=True) == "+0.000" and report._number(None) == "undefined"
 
 
-def test_the_pictures_of_a_report_are_small(tmp_path, monkeypatch, metrics) -> None:
+def test_a_category_has_one_colour_in_panel_and_report(monkeypatch) -> None:
+    split, _ = a_split({1: "a", 2: "b"})
+    box = {**split.annotations[1][0], "segmentation": None}
+    # The second image, which the panel draws first, has both; the report draws the first alone.
+    split.annotations[1] = [{**box, "category_id": 2}]
+    split.annotations[2] = [box, {**box, "category_id": 2, "bbox": [20, 20, 8, 8]}]
+    monkeypatch.setattr(report, "read_image", lambda path: np.full((SIDE, SIDE, 3), 90, np.uint8))
+    _, colors = evaluate_sam3_lora.draw_comparison(split, [], [], 0.5)
+    assert colors == {1: 0, 2: 1}
+    figures = {"F1": 0.0, "IoU": 0.0}
+    row = {"image_id": 1, "file_name": "1.png", "base": figures, "adapter": figures}
+    examples = report.draw_examples(split, [], [], [row], 0.5, colors)
+    picture = examples["Best images"][0][1][0]
+    drawn = [(picture == color).all(axis=-1).any() for color in PALETTE[:2]]
+    assert drawn == [False, True]
+
+
+def test_the_pictures_of_a_report_are_small(monkeypatch, metrics) -> None:
     split, results = a_split({1: "a", 2: "b"})
     noise = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8)
     split.images[0] |= {"width": 3000, "height": 2000}

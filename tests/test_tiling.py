@@ -11,7 +11,6 @@ from test_benchmarks import load, tables
 
 import evaluate_sam3_lora
 import inference
-import prepare_data
 from lora_layers import LoRAConfig, apply_lora, lora_modules
 from sam3_lora import checkpoint, prediction
 from sam3_lora.coco import decode_mask, encode_mask, read_split
@@ -250,13 +249,9 @@ def test_each_view_is_seen_once_and_the_best_of_all_are_kept(loaded, monkeypatch
 
 
 @pytest.fixture(scope="module")
-def data_dir(write_source, tmp_path_factory):
+def data_dir(write_split, tmp_path_factory):
     """Three images of 96 x 64 pixels, of which two have objects."""
-    root = tmp_path_factory.mktemp("data")
-    source = write_source(root / "source", 3)
-    argv = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-    assert prepare_data.main([*argv, "--output_dir", str(root), "--split", "val"]) == 0
-    return root
+    return write_split(tmp_path_factory.mktemp("data"), 3)
 
 
 @pytest.fixture(scope="module")
