@@ -1,4 +1,4 @@
-"""What tests of whole training runs share: their data and flags, their processes, runs compared."""
+"""What tests of whole training runs share: their flags, their processes, runs compared."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import prepare_data
 import train_sam3_lora
 
 MINIMAL = Path(__file__).resolve().parent.parent / "configs" / "minimal_lora_config.yaml"
@@ -53,12 +52,6 @@ def fork(work, folder: Path, count: int = 1) -> list[tuple[int, str]]:
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return [(code, (folder / f"{rank}.err").read_text()) for rank, code in enumerate(codes)]
-
-
-def convert(source: Path, data: Path, split: str) -> None:
-    """Makes a split of a data folder from what `write_source` wrote."""
-    args = ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-    assert prepare_data.main([*args, "--output_dir", str(data), "--split", split]) == 0
 
 
 def run_flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:

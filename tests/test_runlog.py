@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from runs import convert, read_log, run_flags
+from runs import read_log, run_flags
 
 import train_sam3_lora
 from sam3_lora.coco import read_split
@@ -234,10 +234,8 @@ def test_a_package_that_is_not_there(name, monkeypatch):
 # The panel ----------------------------------------------------------------------------------------
 
 
-def test_the_panel_shows_annotations_beside_detections(write_source, tmp_path):
-    source = write_source(tmp_path / "source", 6)
-    convert(source, tmp_path / "data", "val")
-    split = read_split(tmp_path / "data" / "val")
+def test_the_panel_shows_annotations_beside_detections(write_split, tmp_path):
+    split = read_split(write_split(tmp_path, 6) / "val")
     results = [
         {"image_id": image_id, "category_id": a["category_id"], "score": score, "bbox": a["bbox"]}
         | ({"segmentation": a["segmentation"]} if score > 0.8 else {})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import convert, read_log, run_flags
+from runs import read_log, run_flags
 
 import evaluate_sam3_lora
 import example_usage
@@ -281,14 +281,14 @@ def test_a_folder_that_is_no_run_is_left_alone(flags, tiny_model_dir, run_data, 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_junk_image_stops_before_the_earlier_run_is_touched(
-    workers, write_source, tiny_model_dir, tmp_path, capsys
+    workers, write_split, tiny_model_dir, tmp_path, capsys
 ):
-    convert(write_source(tmp_path / "source", 3), tmp_path / "data", "train")
-    (tmp_path / "data" / "train" / "images" / "1.png").write_text("no image")
+    data = write_split(tmp_path, 3, "train")
+    (data / "train" / "images" / "1.png").write_text("no image")
     output = tmp_path / "run"
     output.mkdir()
     (output / "train.log").write_text("an earlier run's")
-    args = run_flags(tiny_model_dir, tmp_path / "data", output, "--overwrite")
+    args = run_flags(tiny_model_dir, data, output, "--overwrite")
     assert train_sam3_lora.main([*args, "--num_workers", workers]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "1.png" in error
