@@ -16,12 +16,11 @@ from sam3_lora.checkpoint import read_adapter
 from sam3_lora.config import (
     Config,
     ConfigError,
-    FlagParser,
-    add_config_flags,
     config_from_args,
     load_config,
     save_config,
 )
+from sam3_lora.flags import FlagParser, add_config_flags
 from sam3_lora.options import KEYS, SECTIONS
 
 pytestmark = pytest.mark.scripts
