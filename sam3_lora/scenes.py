@@ -33,6 +33,7 @@ TEXTURES = ("plain", "striped")
 # What a shape's kind is made of, in this order.
 WORDS = (TEXTURES, tuple(COLOURS), SHAPES)
 DEFECTS = ("rust", "oil leak", "burn mark", "corrosion")
+MOST_SHAPES, MOST_DEFECTS = 6, 4  # objects of a scene
 TASKS = ("parts", "shapes")
 # Images of a demo data set's splits. The training split of the parts has scenes of the base's own
 # beside them, so that what it knows is not forgotten.
@@ -77,24 +78,17 @@ def shape_prompts() -> list[str]:
     return sorted({prompt for kind in kinds for prompt in phrases(kind)})
 
 
-def draw_shapes(
-    rng: np.random.Generator,
-    shapes: tuple[str, ...] = SHAPES,
-    side: int = SIDE,
-    most: int = 6,
-) -> Scene:
-    """A scene of coloured shapes on a varied background.
+def draw_shapes(rng: np.random.Generator, side: int = SIDE) -> Scene:
+    """A scene of 0 to 6 coloured shapes, often several of one kind, on a varied background.
 
     Args:
         rng: source of every choice.
-        shapes: those that may occur, of `SHAPES`.
         side: S, pixels.
-        most: objects; a scene has 0 to so many, often several of one kind.
     """
     image = _background(rng, side)
-    count = int(rng.integers(0, most + 1))
+    count = int(rng.integers(0, MOST_SHAPES + 1))
     pool = [
-        (str(rng.choice(TEXTURES)), str(rng.choice(list(COLOURS))), str(rng.choice(shapes)))
+        (str(rng.choice(TEXTURES)), str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)))
         for _ in range(int(rng.integers(2, 5)))
     ]
     masks, kinds = [], []
@@ -117,17 +111,11 @@ def draw_shapes(
     return _scene(rng, image, masks, kinds)
 
 
-def draw_part(rng: np.random.Generator, side: int = SIDE, most: int = 4) -> Scene:
-    """A metal plate with defects, and bolts that are none.
-
-    Args:
-        rng: source of every choice.
-        side: S, pixels.
-        most: defects; a plate has 0 to so many.
-    """
+def draw_part(rng: np.random.Generator, side: int = SIDE) -> Scene:
+    """A metal plate with 0 to 4 defects, and a bolt that is none; see `draw_shapes`."""
     image = _plate(rng, side)
     masks, kinds = [], []
-    places = _places(rng, side, int(rng.integers(0, most + 1)) + 1)
+    places = _places(rng, side, int(rng.integers(0, MOST_DEFECTS + 1)) + 1)
     if places:
         _draw_bolt(rng, image, *places.pop())
     for x, y, radius in places:
