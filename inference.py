@@ -462,7 +462,7 @@ def main(argv: list[str] | None = None) -> int:
         forward, prompts, thresholds = load(args, options, prompts)
         numbered = list(enumerate(zip(images, overlays, strict=True), start=1))
         rows: list[dict[str, Any]] = []
-        unread: list[Path] = []
+        unread: list[str] = []
         max_rows = options.hardware.max_rows_per_forward
         # 3. Image by image.
         for image_id, (path, overlay) in processes.share(numbered):
@@ -472,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
                 if len(images) == 1:
                     raise
                 log.error("left out: %s", error)
-                unread.append(path)
+                unread.append(str(error))
                 continue
             found, best = answer(args, forward, photo, prompts, thresholds, max_rows)
             own = write_image(args, image_id, path, overlay, photo, found, prompts)
@@ -483,12 +483,13 @@ def main(argv: list[str] | None = None) -> int:
             )
             print(f"{path.name}: {texts}, best score {best:.3f}, {overlay}", flush=True)
         everywhere = [row for part in processes.gather(rows) for row in part]
-        left_out = [path for part in processes.gather(unread) for path in part]
+        left_out = [reason for part in processes.gather(unread) for reason in part]
     if args.json and processes.is_main():
         write_json(args.json, sorted(everywhere, key=lambda row: row["image_id"]))
     if left_out:
-        found = f"{len(left_out)} that cannot be read, the first {left_out[0]}"
-        raise DatasetError(f"expected {len(images)} whole images, found {found}; replace them")
+        raise DatasetError(
+            f"{len(left_out)} of {len(images)} images were left out, the first: {left_out[0]}"
+        )
     return 0
 
 
