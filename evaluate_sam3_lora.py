@@ -55,13 +55,7 @@ import numpy as np
 
 from lora_layers import AdapterError, remove_lora
 from sam3_lora import checkpoint, processes
-from sam3_lora.coco import (
-    CocoSplit,
-    DatasetError,
-    check_images,
-    read_split,
-    split_dir,
-)
+from sam3_lora.coco import CocoSplit, DatasetError, check_images, read_split
 from sam3_lora.config import (
     Config,
     ConfigError,
@@ -77,6 +71,7 @@ from sam3_lora.files import check_writable, set_aside, write_json, write_picture
 from sam3_lora.flags import FlagParser, add_config_flags
 from sam3_lora.forward import Forward
 from sam3_lora.intervals import Evaluated, calibrate, format_thresholds
+from sam3_lora.layout import split_dir
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.metrics import format_comparison, format_summary

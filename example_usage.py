@@ -18,7 +18,7 @@ import torch
 
 from lora_layers import LoRAConfig, apply_lora, count_parameters
 from sam3_lora import checkpoint, engine
-from sam3_lora.coco import DatasetError, decode_mask, read_image, read_split
+from sam3_lora.coco import DatasetError, decode_mask, read_split
 from sam3_lora.config import user_errors
 from sam3_lora.dataset import PromptDataset
 from sam3_lora.drawing import draw_curves, draw_overlay
@@ -26,6 +26,7 @@ from sam3_lora.evaluation import load_forward
 from sam3_lora.files import write_picture
 from sam3_lora.flags import FlagParser
 from sam3_lora.forward import Forward
+from sam3_lora.images import read_image
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import ModelError, image_size, load_model, num_queries, train_adapted

@@ -54,6 +54,7 @@ from sam3_lora.config import user_errors
 from sam3_lora.features import FeatureCache
 from sam3_lora.flags import FlagParser
 from sam3_lora.model import ModelError, image_size, train_adapted
+from sam3_lora.prompts import parse_count
 
 CACHED, PLAIN, LIBRARY = "cached", "not cached", "library"
 LEARNING_RATE = 1e-4
@@ -164,13 +165,13 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--model", choices=MODELS, help="size (default: full on a GPU, else bench224)")
-    add("--batch_size", type=int, default=4, help="images")
-    add("--prompts", type=int, nargs="+", default=[1, 4, 8], help="an image")
-    add("--objects", type=int, default=1, help="of each prompt")
+    add("--batch_size", type=parse_count, default=4, help="images")
+    add("--prompts", type=parse_count, nargs="+", default=[1, 4, 8], help="an image")
+    add("--objects", type=parse_count, default=1, help="of each prompt")
     add("--mask_loss", choices=("full", "native", "points"), default="native",
         help="where masks are compared")
-    add("--epochs", type=int, default=10, help="in the last column")
-    add("--repeats", type=int, default=9, help="timed steps of each, after one")
+    add("--epochs", type=parse_count, default=10, help="in the last column")
+    add("--repeats", type=parse_count, default=9, help="timed steps of each, after one")
     # fmt: on
     return parser
 

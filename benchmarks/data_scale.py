@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from sam3_lora.config import ConfigError, user_errors  # noqa: E402
 from sam3_lora.flags import FlagParser  # noqa: E402
+from sam3_lora.prompts import parse_count  # noqa: E402
 
 WIDTH, HEIGHT = 320, 240
 PICTURES = 64  # distinct; a file system such as ext4 allows 65,000 links of one
@@ -106,8 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(__doc__)
     add = parser.add_argument_group("what to measure").add_argument
     add("--output_dir", type=Path, default=Path("outputs/data_scale"), help="for the data")
-    add("--images", type=int, default=100_000, help="of the data set")
-    add("--objects", type=int, default=10, help="an image")
+    add("--images", type=parse_count, default=100_000, help="of the data set")
+    add("--objects", type=parse_count, default=10, help="an image")
     add("--seed", type=int, default=0, help="of the drawings")
     return parser
 

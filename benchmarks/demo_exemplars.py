@@ -32,6 +32,7 @@ from sam3_lora.flags import FlagParser  # noqa: E402
 from sam3_lora.forward import VISUAL_PROMPT, Forward  # noqa: E402
 from sam3_lora.metrics import DetectionAccumulator  # noqa: E402
 from sam3_lora.model import ModelError, image_size  # noqa: E402
+from sam3_lora.prompts import parse_count  # noqa: E402
 from sam3_lora.scenes import Scene, draw_shapes, to_annotation  # noqa: E402
 
 MAX_DETECTIONS, SCORE_THRESHOLD = 100, 0.5
@@ -89,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(__doc__)
     add = parser.add_argument_group("what to measure").add_argument
     add("--model_name", default="demo/sam3_tiny", help="base model")
-    add("--scenes", type=int, default=200, help="how many")
+    add("--scenes", type=parse_count, default=200, help="how many")
     add("--seed", type=int, default=0, help="of the scenes")
     return parser
 

@@ -60,6 +60,7 @@ from sam3_lora.evaluation import detect
 from sam3_lora.flags import FlagParser
 from sam3_lora.forward import Forward
 from sam3_lora.model import ModelError, cast_towers, image_size
+from sam3_lora.prompts import parse_count
 
 OBJECTS = 3  # a prompt
 MASK_THRESHOLD = 0.5
@@ -201,12 +202,12 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--model", choices=MODELS, help="size (default: full on a GPU, else bench224)")
-    add("--prompts", type=int, nargs="+", default=[1, 8, 16], help="an image")
-    add("--repeats", type=int, default=7,
+    add("--prompts", type=parse_count, nargs="+", default=[1, 8, 16], help="an image")
+    add("--repeats", type=parse_count, default=7,
         help="timed runs of each, after one; thrice that of adapters")
     add("--strategy", choices=STRATEGIES, default="balanced", help="adapter")
     add("--geometry_cls", choices=("meta", "hf"), default="meta", help="of both")
-    add("--photo_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+    add("--photo_size", type=parse_count, nargs=2, metavar=("HEIGHT", "WIDTH"),
         help="pixels of the masks (default: the model's own)")
     # fmt: on
     return parser

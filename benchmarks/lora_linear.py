@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lora_layers import LoRALinear  # noqa: E402
 from sam3_lora.config import user_errors  # noqa: E402
 from sam3_lora.flags import FlagParser  # noqa: E402
+from sam3_lora.prompts import parse_count, parse_share  # noqa: E402
 from sam3_lora.runlog import environment  # noqa: E402
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -91,13 +92,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = FlagParser(__doc__)
     add = parser.add_argument_group("what to measure").add_argument
-    add("--tokens", type=int, default=1296, help="rows of the input")
-    add("--dim", type=int, default=1024, help="features, as the ViT's")
-    add("--rank", type=int, default=16, help="of the adapter")
-    add("--dropout", type=float, default=0.0, help="of the adapter")
+    add("--tokens", type=parse_count, default=1296, help="rows of the input")
+    add("--dim", type=parse_count, default=1024, help="features, as the ViT's")
+    add("--rank", type=parse_count, default=16, help="of the adapter")
+    add("--dropout", type=parse_share, default=0.0, help="of the adapter")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--repeats", type=int, default=20, help="timed calls of each")
+    add("--repeats", type=parse_count, default=20, help="timed calls of each")
     return parser
 
 

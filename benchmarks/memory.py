@@ -41,6 +41,7 @@ from sam3_lora.config import setup_logging, user_errors
 from sam3_lora.flags import FlagParser
 from sam3_lora.forward import Forward
 from sam3_lora.model import ModelError, image_size, train_adapted
+from sam3_lora.prompts import parse_count
 
 # Objects of a row: a group of masks is full with these, as in `memory.predict`.
 OBJECTS = memory.MASKS_AT_ONCE
@@ -115,8 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="adapters")
     modes = memory.CHECKPOINTING
     add("--checkpointing", nargs="+", choices=modes, default=list(modes), help="modes")
-    add("--batch_size", nargs="+", type=int, default=[1, 4], help="images")
-    add("--prompts", nargs="+", type=int, default=[1, 8], help="an image")
+    add("--batch_size", nargs="+", type=parse_count, default=[1, 4], help="images")
+    add("--prompts", nargs="+", type=parse_count, default=[1, 8], help="an image")
     return parser
 
 

@@ -78,15 +78,15 @@ ADAPTER_STD = 0.02
 RADII = (0.05, 0.2)
 
 
-def build_model(size: str, device: torch.device, seed: int = 0) -> Sam3Model:
-    """A base model with random weights, made on its device in fp32, frozen and in eval mode.
+def build_model(size: str, device: torch.device) -> Sam3Model:
+    """A base model with random weights, the same in each call, made on its device in fp32, frozen
+    and in eval mode.
 
     Args:
         size: of `MODELS`; `full` is facebook/sam3's (840 M parameters).
         device: where it is made.
-        seed: two models of one seed are equal.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = Sam3Config() if size == "full" else tiny_config(size, make_tokenizer())
     with device:
         model = Sam3Model(config)
@@ -109,13 +109,14 @@ def prompt_texts(count: int) -> list[str]:
     return texts[:count]
 
 
-def make_batch(images: int, prompts: int, side: int, objects: int = 3, seed: int = 0) -> dict:
-    """Random images, each asked the same prompts, with `objects` rectangles for every one.
+def make_batch(images: int, prompts: int, side: int, objects: int = 3) -> dict:
+    """Random images, each asked the same prompts, with `objects` rectangles for every one; the same
+    in each call.
 
     Returns:
         As `dataset.collate_fn`; the rows of an image follow each other.
     """
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     rows = images * prompts
     sizes = RADII[0] + (RADII[1] - RADII[0]) * torch.rand(rows, objects, 2, generator=random)
     centres = sizes + (1 - 2 * sizes) * torch.rand(rows, objects, 2, generator=random)
@@ -153,9 +154,9 @@ def take_rows(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def spread_adapters(model: nn.Module, seed: int = 1) -> None:
+def spread_adapters(model: nn.Module) -> None:
     """Gives the adapters' B small random values, as after some training."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(1)
     for _, module in lora_modules(model):
         values = torch.randn(module.lora_B.shape, generator=random)
         module.lora_B.copy_(ADAPTER_STD * values)
@@ -253,13 +254,14 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
     return (images.float() - 127.5) / 127.5
 
 
-def adapt_peft(model: Sam3Model, lora: LoRAConfig, adapters: Mapping | None = None) -> nn.Module:
+def adapt_peft(model: Sam3Model, lora: LoRAConfig, adapters: Mapping | None) -> nn.Module:
     """The model with peft's LoRA on the layers that `lora` matches.
 
     Args:
         model: base model.
         lora: ours.
-        adapters: weights to start from, `lora_layers.lora_state_dict` of a model with ours.
+        adapters: weights to start from, `lora_layers.lora_state_dict` of a model with ours; None:
+            those of peft.
     """
     names = match_modules(model, lora)
     config = LoraConfig(
@@ -376,10 +378,9 @@ def take_turns(
     contenders: Mapping[str, Callable[[], Any]],
     repeats: int,
     device: torch.device,
-    warmup: int = 1,
     before: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in each of `repeats` rounds, after `warmup` rounds.
+    """Seconds of every contender in each of `repeats` rounds, after one that is not counted.
 
     Args:
         contenders: what is timed, by name.
@@ -387,7 +388,7 @@ def take_turns(
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warmup + repeats):
+    for turn in range(1 + repeats):
         for name, work in contenders.items():
             if before and name in before:
                 before[name]()
@@ -395,7 +396,7 @@ def take_turns(
             started = clock()
             work()
             wait_for(device)
-            if turn >= warmup:
+            if turn:
                 seconds[name].append(clock() - started)
     return seconds
 

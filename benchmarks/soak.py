@@ -38,6 +38,7 @@ import train_sam3_lora  # noqa: E402
 from sam3_lora import engine  # noqa: E402
 from sam3_lora.config import ConfigError, setup_logging, user_errors  # noqa: E402
 from sam3_lora.flags import FlagParser  # noqa: E402
+from sam3_lora.prompts import parse_count  # noqa: E402
 
 # One image of the demo model (112 x 112, 3 bytes) kept a step would be 38 MB in 1,000 steps.
 MOST_GROWTH = 10.0
@@ -145,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = FlagParser(__doc__)
     add = parser.add_argument_group("what to measure").add_argument
-    add("--steps", type=int, default=2000, help="of the run")
+    add("--steps", type=parse_count, default=2000, help="of the run")
     add("--data_dir", type=Path, default=Path("data/demo"), help="data folder")
     add("--output_dir", type=Path, help="of the run (default: a temporary folder)")
     add("--train_flags", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'",

@@ -30,6 +30,7 @@ from sam3_lora.flags import FlagParser  # noqa: E402
 from sam3_lora.forward import Forward  # noqa: E402
 from sam3_lora.model import ModelError  # noqa: E402
 from sam3_lora.prediction import evaluate_tiles  # noqa: E402
+from sam3_lora.prompts import parse_count, parse_tile  # noqa: E402
 from sam3_lora.scenes import Scene, draw_shapes, shape_prompts, write_scenes  # noqa: E402
 from sam3_lora.tiles import view_windows  # noqa: E402
 
@@ -60,10 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(__doc__)
     add = parser.add_argument_group("what to measure").add_argument
     add("--model_name", default="demo/sam3_tiny", help="base model")
-    add("--pictures", type=int, default=8, help="how many")
-    add("--scenes", type=int, default=4, help="of a picture's side")
-    add("--side", type=int, default=112, help="of a scene, pixels")
-    add("--tile", type=float, nargs="+", default=[0.6, 0.5, 0.25], help="shares of a side")
+    add("--pictures", type=parse_count, default=8, help="how many")
+    add("--scenes", type=parse_count, default=4, help="of a picture's side")
+    add("--side", type=parse_count, default=112, help="of a scene, pixels")
+    add("--tile", type=parse_tile, nargs="+", default=[0.6, 0.5, 0.25], help="shares of a side")
     add("--seed", type=int, default=0, help="of the scenes")
     return parser
 

@@ -62,6 +62,7 @@ from sam3_lora.flags import FlagParser
 from sam3_lora.forward import Forward
 from sam3_lora.losses import count_targets
 from sam3_lora.model import ModelError, image_size, train_adapted
+from sam3_lora.prompts import parse_count
 
 log = logging.getLogger("train_step")
 
@@ -310,9 +311,9 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--model", choices=MODELS, help="size (default: full on a GPU, else bench224)")
-    add("--batch_size", type=int, default=2, help="images")
-    add("--prompts", type=int, nargs="+", default=[1, 4, 8], help="an image")
-    add("--repeats", type=int, default=5, help="timed steps of each, after one")
+    add("--batch_size", type=parse_count, default=2, help="images")
+    add("--prompts", type=parse_count, nargs="+", default=[1, 4, 8], help="an image")
+    add("--repeats", type=parse_count, default=5, help="timed steps of each, after one")
     add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="adapters")
     add("--geometry_cls", choices=("meta", "hf"), default="meta", help="of both")
     add("--library_weights", choices=DTYPES, default="fp32",

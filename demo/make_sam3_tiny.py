@@ -33,14 +33,14 @@ from transformers import CLIPTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Mode
 # A script in a folder of its own: the package lies one level up.
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
-from pretraining import pretrain  # noqa: E402
+from pretraining import BOX_SHARE, pretrain  # noqa: E402
 
 from lora_layers import COMPONENTS  # noqa: E402
 from sam3_lora.config import setup_logging, user_errors  # noqa: E402
 from sam3_lora.flags import FlagParser  # noqa: E402
 from sam3_lora.forward import VISUAL_PROMPT  # noqa: E402
 from sam3_lora.model import ModelError  # noqa: E402
-from sam3_lora.scenes import BOX_SHARE, WORDS  # noqa: E402
+from sam3_lora.scenes import WORDS  # noqa: E402
 
 # Patch size of SAM 3's ViT, pixels; every image side here is a multiple of it.
 PATCH = 14

@@ -34,16 +34,8 @@ from sam3_lora.faults import (
     record_faults,
 )
 from sam3_lora.geometry import mask_problem, segmentation_of
-
-# The scripts' way to images and layouts too, which `as` tells.
-from sam3_lora.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from sam3_lora.images import DatasetError
-from sam3_lora.images import image_size as image_size
-from sam3_lora.images import read_image as read_image
-from sam3_lora.layout import contents, sibling_val
-from sam3_lora.layout import find_split as find_split
-from sam3_lora.layout import split_dir as split_dir
-from sam3_lora.layout import split_names as split_names
+from sam3_lora.layout import contents, find_split, sibling_val, split_dir
 
 logger = logging.getLogger(__name__)
 

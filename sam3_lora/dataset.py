@@ -25,9 +25,10 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from sam3_lora.coco import CocoSplit, DatasetError, decode_mask, read_image
+from sam3_lora.coco import CocoSplit, DatasetError, decode_mask
 from sam3_lora.forward import VISUAL_PROMPT
 from sam3_lora.geometry import box_apart, jitter_box
+from sam3_lora.images import read_image
 from sam3_lora.tiles import Window, choose_tiles, count_beyond, cut_objects, touches
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class PromptDataset(Dataset):
         self.items = self._list_items(over_queries if train else "")
         if train:
             self._report_same_prompts()
+            self._report_boxes_alone()
             self._report_left_out()
         elif any(split.annotations.values()) and not self.has_masks():
             log.warning("the split has no masks: box metrics only")
@@ -426,13 +428,16 @@ class PromptDataset(Dataset):
         log.warning("%s: %s", found, done[over_queries])
         return items
 
-    def _report_left_out(self) -> None:
-        """Warns of objects, crowds apart, that `_objects` leaves out, and of words without any."""
+    def _report_boxes_alone(self) -> None:
+        """Warns where words without a box are only asked for in vain."""
         if self.box_prompt_probability == 1:
             log.warning(
                 "box_prompt_probability is 1: words alone are asked for only where they find "
                 "nothing, and will find nothing; lower it unless boxes are all that will be used"
             )
+
+    def _report_left_out(self) -> None:
+        """Warns of objects, crowds apart, that `_objects` leaves out."""
         rows = self.split.annotations.values()
         single = sum(not entry["iscrowd"] for annotations in rows for entry in annotations)
         left_out = single - sum(len(self._objects(record)) for record in self.split.images)

@@ -79,9 +79,7 @@ def find_faults(
         return [Fault("error", "file", str(error), file, None, "nothing else was checked", True)]
     return [
         *record_faults(payload, file, thorough=True),
-        *_count_faults(payload, file),
-        *_prompt_faults(payload, file, count_tokens),
-        *_name_faults(payload, file),
+        *set_faults(payload, file, count_tokens),
         *_disk_faults(payload, images_dir, file),
         *_copy_faults(payload, images_dir, file.parent),
     ]
@@ -161,10 +159,23 @@ def _unused(payload: dict, file: Path, images: set, categories: set) -> Iterator
             remedy = "it is trained as absent everywhere; remove it if it is not wanted"
             where = file, f"category {row.get('id')}"
             yield Fault("warning", "unused category", message, *where, remedy)
-    empty = sum(position not in images for position in range(len(payload["images"])))
-    if empty:
+    if empty := sum(position not in images for position in range(len(payload["images"]))):
         message = f"{empty} of {len(payload['images'])} images have no object"
         yield Fault("warning", "empty images", message, file, None, "they are kept as negatives")
+
+
+def set_faults(
+    payload: dict[str, Any], file: Path, count_tokens: Callable[[str], int] | None = None
+) -> Iterator[Fault]:
+    """Yields warnings about a loaded COCO file as a whole; see `find_faults`."""
+    yield from _count_faults(payload, file)
+    yield from _prompt_faults(payload, file, count_tokens or _least_tokens)
+    names = {clean_name(row.get("file_name")) for row in payload["images"]} - {None}
+    for name, count in Counter(name.casefold() for name in names).items():
+        if count > 1:
+            message = f"{count} file names differ in capitals only, such as {shown(name)}"
+            remedy = "they are one file on Windows and macOS: rename all but one"
+            yield Fault("warning", "names alike", message, file, None, remedy)
 
 
 def _count_faults(payload: dict, file: Path) -> Iterator[Fault]:
@@ -183,8 +194,8 @@ def _count_faults(payload: dict, file: Path) -> Iterator[Fault]:
         if count > QUERY_LIMIT:
             message = f"{count} objects of {shown(rows[category].get('name'))}, "
             message += f"the model finds at most {QUERY_LIMIT} of one prompt in an image"
-            where = file, f"image {_id_text(images[image])}"
-            yield Fault("warning", "crowded image", message, *where, "cut the image into tiles")
+            where, remedy = f"image {_id_text(images[image])}", "train with --over_queries tile"
+            yield Fault("warning", "crowded image", message, file, where, remedy)
     if not objects:
         return
     (most, high), (least, low) = objects.most_common()[0], objects.most_common()[-1]
@@ -195,33 +206,21 @@ def _count_faults(payload: dict, file: Path) -> Iterator[Fault]:
         yield Fault("warning", "imbalance", message, file, None, remedy)
 
 
-def _prompt_faults(
-    payload: dict, file: Path, count_tokens: Callable[[str], int] | None
-) -> Iterator[Fault]:
-    """Warnings about prompts that are longer than the model reads; see `find_faults`."""
+def _prompt_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterator[Fault]:
+    """Warnings about prompts that are longer than the model reads."""
     given = payload.get("prompts")
     pairs = given.items() if isinstance(given, dict) else ()
     prompts = {name: phrase for name, phrase in pairs if isinstance(phrase, str)}
-    how = "" if count_tokens else "at least "
+    how = "at least " if count_tokens is _least_tokens else ""
     for row in kept_categories(payload):
         name = row.get("name")
         phrase = phrase_of(name, prompts) if isinstance(name, str) else ""
-        tokens = (count_tokens or _least_tokens)(phrase)
+        tokens = count_tokens(phrase)
         if tokens > TOKEN_LIMIT:
             message = f"the prompt {shown(phrase)} has {how}{tokens} tokens"
             remedy = f"the model reads {TOKEN_LIMIT}, start and end included: shorten it"
             where = file, f"category {_id_text(row)}"
             yield Fault("warning", "long prompt", message, *where, remedy)
-
-
-def _name_faults(payload: dict, file: Path) -> Iterator[Fault]:
-    """Warnings about file names that are one on some disks."""
-    names = {clean_name(row.get("file_name")) for row in payload["images"]} - {None}
-    for name, count in Counter(name.casefold() for name in names).items():
-        if count > 1:
-            message = f"{count} file names differ in capitals only, such as {shown(name)}"
-            remedy = "they are one file on Windows and macOS: rename all but one"
-            yield Fault("warning", "names alike", message, file, None, remedy)
 
 
 def _least_tokens(phrase: str) -> int:

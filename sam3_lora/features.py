@@ -40,7 +40,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from sam3_lora import processes
+from sam3_lora.dataset import PromptDataset
 from sam3_lora.files import check_writable, write_atomically
+from sam3_lora.forward import Forward
 from sam3_lora.loader import build_loader
 
 log = logging.getLogger(__name__)
@@ -55,8 +57,8 @@ Batch = dict[str, Any]
 View = tuple[int, int]  # index of the item, number of its placement
 
 
-def cacheable_parts(forward: Any, boxes: bool = False) -> list[tuple[str, ...]]:
-    """What of a batch can be cached under a `forward.Forward`: the best choice first.
+def cacheable_parts(forward: Forward, boxes: bool = False) -> list[tuple[str, ...]]:
+    """What of a batch can be cached: the best choice first.
 
     Args:
         forward: which parts are frozen.
@@ -86,8 +88,8 @@ class FeatureCache:
     """Features of a data set's views, in files or in RAM.
 
     Args:
-        forward: a `forward.Forward`; parts that adapters stand in are not cached.
-        dataset: a `dataset.PromptDataset` with `views` and, for `memory`, `prompt_pool`.
+        forward: parts that adapters stand in are not cached.
+        dataset: with `views` and, for `memory`, `prompt_pool`.
         folder: of the files, made if absent; None keeps the features in RAM.
         limit_gb: most bytes kept, in 10^9.
 
@@ -95,7 +97,9 @@ class FeatureCache:
         FeatureError: every choice of what to keep is larger.
     """
 
-    def __init__(self, forward: Any, dataset: Any, folder: Path | None, limit_gb: float) -> None:
+    def __init__(
+        self, forward: Forward, dataset: PromptDataset, folder: Path | None, limit_gb: float
+    ) -> None:
         self.forward = forward
         self.folder = folder
         self.in_ram: dict[str, dict[str, torch.Tensor]] = {}
@@ -105,20 +109,24 @@ class FeatureCache:
         self.texts = [dataset.pool(i) if pooled else [] for i in range(count)]
         self.parts = self._choose(choices, dataset.views, limit_gb)
         forward.remember_texts([text for texts in self.texts for text in texts])
-        model = _model_digest(forward, self.parts)
+        self.keys = self._make_keys(dataset)
+
+    def _make_keys(self, dataset: PromptDataset) -> dict[View, str]:
+        """The key of each view."""
+        model = _model_digest(self.forward, self.parts)
         # What the text encoder makes of a prompt stands for its weights.
-        prompts = {text: _digest(forward.texts[text][0]) for t in self.texts for text in t}
+        prompts = {text: _digest(self.forward.texts[text][0]) for t in self.texts for text in t}
+        sources = [dataset.image_of(index) for index in range(len(dataset))]
+        files = list(dict.fromkeys(file for file, _ in sources))
         with ThreadPoolExecutor() as pool:
-            files = list(dict.fromkeys(dataset.image_of(i)[0] for i in range(count)))
             images = dict(zip(files, pool.map(_image_digest, files), strict=True))
-        self.keys: dict[View, str] = {}
-        for index in range(count):
+        keys = {}
+        for index, (file, tile) in enumerate(sources):
+            texts = [(text, prompts[text]) for text in self.texts[index]]
             for view in range(dataset.views):
-                file, tile = dataset.image_of(index)
-                place = (tile, dataset.placement(index, view))
-                texts = [(text, prompts[text]) for text in self.texts[index]]
-                words = (model, images[file], place, texts)
-                self.keys[index, view] = hashlib.sha256(repr(words).encode()).hexdigest()
+                words = (model, images[file], (tile, dataset.placement(index, view)), texts)
+                keys[index, view] = hashlib.sha256(repr(words).encode()).hexdigest()
+        return keys
 
     def __str__(self) -> str:
         """What is kept, where, and its size, for the log."""
@@ -152,7 +160,7 @@ class FeatureCache:
         views = list(self.keys) if self.folder is None else processes.share(list(self.keys))
         return list({self.keys[view]: view for view in views if not self._has(view)}.values())
 
-    def fill(self, dataset: Any, num_workers: int) -> None:
+    def fill(self, dataset: PromptDataset, num_workers: int) -> None:
         """Computes what is missing, under a progress bar; the data set's items then need no image.
 
         Args:
@@ -296,7 +304,7 @@ class FeatureCache:
         return sum(sizes[name] for name in self.parts)
 
 
-def _model_digest(forward: Any, parts: tuple[str, ...]) -> str:
+def _model_digest(forward: Forward, parts: tuple[str, ...]) -> str:
     """A digest of all that features depend on but the image: weights, precision, versions."""
     versions = [importlib.metadata.version(name) for name in ("torch", "torchvision")]
     versions.append(importlib.metadata.version("transformers"))

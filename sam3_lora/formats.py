@@ -26,8 +26,9 @@ from xml.etree.ElementTree import Element
 import yaml
 
 from sam3_lora import shapes
-from sam3_lora.coco import CocoSplit, DatasetError, image_size, split_names
+from sam3_lora.coco import CocoSplit, DatasetError
 from sam3_lora.faults import clean_name
+from sam3_lora.images import image_size
 from sam3_lora.shapes import Found, Item, Part, problem
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,11 @@ def read_yolo(yolo_dir: Path, split: str, class_names: list[str] | None = None) 
         records[path] = size, _read_labels(label_file, names, *size) if label_file.is_file() else []
     categories = {class_index + 1: name for class_index, name in names.items()}
     return shapes.split_of(description_file or labels_dir, images_dir, records, categories)
+
+
+def _twins(split: str) -> tuple[str, ...]:
+    """The names that a split may have on disk, its own first."""
+    return {"val": ("val", "valid"), "valid": ("valid", "val")}.get(split, (split,))
 
 
 def _read_data_yaml(yolo_dir: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -135,10 +141,10 @@ def _class_names(
 def _yolo_folders(yolo_dir: Path, split: str, description: dict) -> tuple[Path, Path]:
     """The folders of a split's images and labels, in the layouts that `read_yolo` lists."""
     pairs = []
-    for name in split_names(split):
+    for name in _twins(split):
         pairs.append((yolo_dir / "images" / name, yolo_dir / "labels" / name))
         pairs.append((yolo_dir / name / "images", yolo_dir / name / "labels"))
-    for name in split_names(split):
+    for name in _twins(split):
         pairs.extend(_described_folders(yolo_dir, description.get(name), description.get("path")))
     flat = yolo_dir / "images"
     if flat.is_dir() and not any(child.is_dir() for child in flat.iterdir()):
@@ -267,7 +273,7 @@ def _voc_listed(files: list[Path], voc_dir: Path, xml_dir: Path, split: str) -> 
     lists = [
         name for name in ("train", "val", "valid", "test") if (folder / f"{name}.txt").exists()
     ]
-    chosen = next((folder / f"{name}.txt" for name in split_names(split) if name in lists), None)
+    chosen = next((folder / f"{name}.txt" for name in _twins(split) if name in lists), None)
     if chosen is None and lists:
         expected, found = f"ImageSets/Main/{split}.txt", f"lists of {', '.join(lists)}"
         raise problem(voc_dir, expected, found, "add the list or choose another --split")

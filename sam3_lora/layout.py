@@ -10,17 +10,12 @@ SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", ".")
 SNIFFED = 65536  # characters of a JSON file that tell which tool wrote it
 
 
-def split_names(split: str) -> tuple[str, ...]:
-    """Returns the names that a split may have on disk, its own first: `val` and `valid` are one."""
-    return {"val": ("val", "valid"), "valid": ("valid", "val")}.get(split, (split,))
-
-
 def split_dir(data_dir: Path, split: str) -> Path:
     """Returns a split's folder; of `val` and `valid` that which holds annotations.
 
     The folder need not exist; its name is then `val`, never `valid`.
     """
-    names = split_names(split)
+    names = (split, "valid" if split == "val" else "val") if split in ("val", "valid") else (split,)
     folders = [Path(data_dir) / name for name in names]
     annotated = [folder for folder in folders if annotation_file(folder)]
     existing = [folder for folder in folders if folder.is_dir()]

@@ -163,8 +163,9 @@ def _query_terms(
     if not branch:
         terms["presence_loss"] = _presence(outputs["presence"].float(), keep, counts)
     suffixes = [f"_aux_{layer}" for layer in range(len(logits) - 1)] + [""]
+    of_branch = "_o2m" if branch else ""
     named = {
-        term + suffix + "_o2m" * bool(branch): value
+        term + suffix + of_branch: value
         for term, values in terms.items()
         for suffix, value in zip(suffixes, values.unbind(), strict=True)
     }
@@ -237,7 +238,7 @@ def _all_mask_terms(
     named = _semantic(outputs["semantic"].float(), targets, masks, counts)
     for branch, layers in matches.items():
         terms = _mask_terms(outputs, branch, targets, masks, layers[-1], counts, mask_loss)
-        named |= {name + "_o2m" * bool(branch): value for name, value in terms.items()}
+        named |= {name + ("_o2m" if branch else ""): value for name, value in terms.items()}
     return named
 
 

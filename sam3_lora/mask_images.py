@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from sam3_lora.coco import IMAGE_SUFFIXES, CocoSplit, DatasetError, encode_mask, image_size
-from sam3_lora.images import open_image
+from sam3_lora.coco import CocoSplit, DatasetError, encode_mask
+from sam3_lora.images import IMAGE_SUFFIXES, image_size, open_image
 from sam3_lora.shapes import images_in, listed, split_of
 
 logger = logging.getLogger(__name__)

@@ -211,9 +211,9 @@ def predict(
     with FakeTensorMode(allow_non_fake_inputs=True), _cuda_rules():
         forward = _fake_forward(forward, model)
         with Tracker() as tracker:
-            released = ["text_encoder."] * forward.is_frozen(*TEXT)
-            absent = (*released, *(["vision_encoder.backbone."] if cached else ()))
-            sizes, held = _count_static(tracker, forward, absent)
+            absent = ["text_encoder."] if forward.is_frozen(*TEXT) else []
+            absent += ["vision_encoder.backbone."] if cached else []
+            sizes, held = _count_static(tracker, forward, tuple(absent))
             batch = _fake_batch(forward, images, images * prompts, cached)
             peaks, kept = _trace_step(tracker, forward, batch, slice(0, max_rows), loss, chunked)
             del held

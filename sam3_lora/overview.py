@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3_lora.coco import CocoSplit, DatasetError, decode_mask, read_image
+from sam3_lora.coco import CocoSplit, DatasetError, decode_mask
 from sam3_lora.drawing import SHEET_CELL, draw_overlay, draw_panel, draw_sheet, to_cell
 from sam3_lora.faults import Fault
+from sam3_lora.images import read_image
 
 logger = logging.getLogger(__name__)
 

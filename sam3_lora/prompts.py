@@ -76,10 +76,12 @@ def _parse_list(text: str, form: str) -> list[Any]:
 def parse_route(value: str) -> tuple[str, dict[str, float]]:
     """A value of --route: a prompt, and the weight of each adapter by name."""
     text, _, blend = value.rpartition("=")
-    text, shares = " ".join(text.split()), [share.partition(":") for share in blend.split(",")]
-    alone = len(shares) == 1
+    text, shares = " ".join(text.split()), blend.split(",")
+    if len(shares) == 1 and ":" not in blend:
+        shares = [f"{blend}:1"]
+    pairs = [share.partition(":") for share in shares]
     try:
-        weights = {n.strip(): float(w) if colon or not alone else 1.0 for n, colon, w in shares}
+        weights = {name.strip(): float(weight) for name, _, weight in pairs}
     except ValueError:
         weights = {}
     usable = all(name and abs(weight) <= MAX_WEIGHT for name, weight in weights.items())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam3_lora.coco import DatasetError, image_size, read_coco, write_splits
+from sam3_lora.coco import DatasetError, read_coco, write_splits
 from sam3_lora.faults import (
     Fault,
     clean_name,
@@ -28,6 +28,7 @@ from sam3_lora.geometry import (
     mask_box,
     segmentation_of,
 )
+from sam3_lora.images import image_size
 
 UNUSABLE = ("missing image", "unreadable image", "link outside")  # kinds of faults
 

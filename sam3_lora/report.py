@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3_lora.coco import CocoSplit, read_image
+from sam3_lora.coco import CocoSplit
 from sam3_lora.drawing import to_cell
+from sam3_lora.images import read_image
 from sam3_lora.intervals import (
     FEW_OBJECTS,
     Evaluated,
@@ -244,9 +245,13 @@ def _number(value: float | None, signed: bool = False) -> str:
 
 def _with_interval(figure: Mapping[str, Any], signed: bool = False) -> str:
     """A figure and its interval on one line."""
+    return " ".join([_number(figure["value"], signed), *_limits(figure, signed)])
+
+
+def _limits(figure: Mapping[str, Any], signed: bool) -> list[str]:
+    """A figure's interval in brackets, or nothing without one."""
     limits = figure["interval"]
-    shown = f" [{', '.join(_number(v, signed) for v in limits)}]" if limits else ""
-    return _number(figure["value"], signed) + shown
+    return [f"[{', '.join(_number(v, signed) for v in limits)}]"] if limits else []
 
 
 def _count(number: int, noun: str) -> str:
@@ -256,9 +261,9 @@ def _count(number: int, noun: str) -> str:
 
 def _figure_cell(figure: Mapping[str, Any], signed: bool = False) -> str:
     """A figure over its interval."""
-    value, _, limits = _with_interval(figure, signed).partition(" ")
+    value = _number(figure["value"], signed)
     value = f"<b>{value}</b>" if signed and _is_clear(figure) else value
-    return value + (f"<small>{limits}</small>" if limits else "")
+    return value + "".join(f"<small>{limits}</small>" for limits in _limits(figure, signed))
 
 
 def _both_cells(figure: Mapping[str, Any]) -> list[str]:

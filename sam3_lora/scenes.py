@@ -41,13 +41,6 @@ REPLAYED = 240
 # Radius of an object as a share of the side: at the demo model's 8 x 8 patches, an object is two to
 # three patches wide. The smaller ones are for crowded scenes.
 RADII = (0.14, 0.2)
-# Share of the training after which prompts name shapes too, and after which boxes are prompts.
-SHAPES_FROM, BOXES_FROM = 0.08, 0.2
-# Of the prompts: with boxes; else for something present; of the absent ones, words from outside,
-# and concepts that share a word with an object.
-BOX_SHARE, PRESENT_SHARE, WORD_SHARE, NEAR_SHARE = 0.3, 0.65, 0.25, 0.6
-# Of the prompts with boxes: with a negative box too, and without a text.
-NEGATIVE_SHARE, VISUAL_SHARE = 0.4, 0.6
 # Tries to find an object a free place, before the scene goes without it.
 PLACEMENTS = 20
 
@@ -122,67 +115,6 @@ def draw_shapes(
         masks.append(mask)
         kinds.append(kind)
     return _scene(rng, image, masks, kinds)
-
-
-def draw_prompt(
-    rng: np.random.Generator,
-    kinds: list[tuple[str, ...]],
-    progress: float,
-    outside: tuple[str, ...],
-    box_share: float = BOX_SHARE,
-) -> dict[str, Any]:
-    """One prompt for a scene of shapes: text, a box exemplar or both; present or absent.
-
-    Args:
-        kinds: of the scene's objects.
-        progress: share of the training that is done; the vocabulary widens with it.
-        outside: words that name nothing in any scene.
-        box_share: of the prompts for a scene with objects, those with boxes.
-
-    Returns:
-        `text`, None for boxes alone; `objects`, indices of those it asks for; `boxes`, (index,
-        label) of exemplars.
-    """
-    local = {*TEXTURES, *COLOURS}  # a patch alone shows them; shapes it does not
-    vocabulary = [p for p in shape_prompts() if p in local or progress > SHAPES_FROM]
-    present = sorted({p for kind in kinds for p in phrases(kind)} & set(vocabulary))
-    if kinds and progress > BOXES_FROM and rng.random() < box_share:
-        return _box_prompt(rng, kinds)
-    absent = [p for p in vocabulary if p not in present]
-    if present and rng.random() < PRESENT_SHARE:
-        text = str(rng.choice(present))
-    elif not absent or rng.random() < WORD_SHARE:
-        text = str(rng.choice(outside))
-    else:
-        words = {word for kind in kinds for word in kind}
-        near = [p for p in absent if words & set(p.split())]
-        text = str(rng.choice(near if near and rng.random() < NEAR_SHARE else absent))
-    objects = [g for g, kind in enumerate(kinds) if text in phrases(kind)]
-    return {"text": text, "objects": objects, "boxes": []}
-
-
-def _box_prompt(rng: np.random.Generator, kinds: list[tuple[str, ...]]) -> dict[str, Any]:
-    """An exemplar's prompt: alone it asks for its kind; beside a text, for what the text names.
-
-    A negative exemplar takes its kind out.
-    """
-    shown = int(rng.integers(len(kinds)))
-    boxes = [(shown, 1)]
-    others = [g for g, kind in enumerate(kinds) if kind != kinds[shown]]
-    refused = int(rng.choice(others)) if others and rng.random() < NEGATIVE_SHARE else None
-    if refused is not None:
-        boxes.append((refused, 0))
-    if rng.random() < VISUAL_SHARE:
-        text = None
-        objects = [g for g, kind in enumerate(kinds) if kind == kinds[shown]]
-    else:
-        text = str(rng.choice(phrases(kinds[shown])))
-        objects = [
-            g
-            for g, kind in enumerate(kinds)
-            if text in phrases(kind) and (refused is None or kind != kinds[refused])
-        ]
-    return {"text": text, "objects": objects, "boxes": boxes}
 
 
 def draw_part(rng: np.random.Generator, side: int = SIDE, most: int = 4) -> Scene:

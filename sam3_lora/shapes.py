@@ -13,7 +13,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -158,7 +158,12 @@ def report_missing(
     names = [name for name, _ in missing]
     if not present:
         found = f"none of {len(missing)}: {listed(names)}"
-        raise problem(source, f"images in {images_dir}", found, "put them there; check the path")
+        wanted = {PurePosixPath(name).name for name in names}
+        near = next((path for path in images_in(images_dir) if path.name in wanted), None)
+        remedy = "put them there; check the path"
+        if near:
+            remedy = f"{near.name} is in {near.parent}: name that folder"
+        raise problem(source, f"images in {images_dir}", found, remedy)
     if missing:
         message = "skipped %d of %d images, which are not in %s, and their %d objects: %s"
         objects, total = sum(count for _, count in missing), len(missing) + present

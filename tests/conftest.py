@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 # Before any import of transformers, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,25 @@ def tiny_model_dir(demo_model: ModuleType, tmp_path_factory: pytest.TempPathFact
 def tiny_hub_dir(demo_model: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model in the hub's layout: the video model's config and weight names."""
     return demo_model.make_tiny(tmp_path_factory.mktemp("tiny_hub"), hub_layout=True)
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tiny_hub_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the hub's in which that model is facebook/sam3, as a download leaves it."""
+    root, revision = tmp_path_factory.mktemp("hub_cache"), "0" * 40
+    repository = root / "models--facebook--sam3"
+    shutil.copytree(tiny_hub_dir, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    return root
+
+
+@pytest.fixture(scope="module")
+def published(hub_cache: Path) -> Iterator[None]:
+    """facebook/sam3 is found, offline, and is the tiny model; for all tests of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +148,12 @@ def train_args(tiny_model_dir: Path, run_data: Path) -> Callable[..., list[str]]
     """`train_args(output, *more)`: flags of a run of 6 steps in 3 epochs, every second of one
     image."""
 
+    from runs import run_flags  # after the environment above is set
+
     def build(output: Path, *more: str) -> list[str]:
-        return [
-            *("--config", str(ROOT / "configs" / "minimal_lora_config.yaml")),
-            *("--model_name", str(tiny_model_dir), "--train_data_path", str(run_data / "train")),
-            *("--output_dir", str(output), "--num_workers", "0", "--batch_size", "4"),
-            *("--num_epochs", "3", "--logging_steps", "1", "--prompts_per_image", "3"),
-            *("--lora_apply_to_mask_decoder", "true", "--learning_rate", "1e-3", *more),
-        ]
+        own = ["--lora_apply_to_mask_decoder", "true", "--learning_rate", "1e-3"]
+        own += ["--batch_size", "4", "--num_epochs", "3"]
+        return run_flags(tiny_model_dir, run_data, output, *own, *more)
 
     return build
 

@@ -1,10 +1,11 @@
-"""What tests of whole training runs share: processes of a run, runs compared."""
+"""What tests of whole training runs share: their flags, their processes, runs compared."""
 
 import json
 import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import train_sam3_lora
 
+MINIMAL = Path(__file__).resolve().parent.parent / "configs" / "minimal_lora_config.yaml"
 # Figures of the log that no two runs have in common.
 TIMED = {"it_per_s", "img_per_s", "memory_gb", "memory_percent"}
 
@@ -52,6 +54,16 @@ def fork(work, folder: Path, count: int = 1) -> list[tuple[int, str]]:
     return [(code, (folder / f"{rank}.err").read_text()) for rank, code in enumerate(codes)]
 
 
+def run_flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    """Flags of a small training run, which more of them, coming later, may change."""
+    return [
+        *("--config", str(MINIMAL), "--model_name", str(model)),
+        *("--train_data_path", str(data / "train"), "--output_dir", str(output)),
+        *("--num_workers", "0", "--batch_size", "2", "--num_epochs", "1"),
+        *("--logging_steps", "1", "--prompts_per_image", "3", *more),
+    ]
+
+
 def read_log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -89,13 +101,13 @@ def assert_close(one, two, relative: float = 1e-9, absolute: float = 1e-12) -> N
         assert one == two
 
 
-def stop_at(step: int, number: int | None) -> None:
-    """Sends this process a signal as it logs a step."""
+def at_step(step: int, act: Callable[[], object]) -> None:
+    """Has this process do something as its run logs a step."""
     original = train_sam3_lora.log_steps
 
     def log_steps(run, epoch):
-        if run.at.step == step and number:
-            os.kill(os.getpid(), number)
+        if run.at.step == step:
+            act()
         return original(run, epoch)
 
     train_sam3_lora.log_steps = log_steps

@@ -161,3 +161,24 @@ def test_kills_and_soak(tmp_path, capsys):
     assert found["steps"]["found"] == "12"
     assert found["open files"]["within the limit"] == "yes", found
     assert found["processes"]["found"] == "0 before, 0 after"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cache", "--prompts 0"),
+        ("data_scale", "--images 0"),
+        ("demo_exemplars", "--scenes 0"),
+        ("inference", "--photo_size 0 9"),
+        ("lora_linear", "--tokens 0"),
+        ("memory", "--batch_size 0"),
+        ("soak", "--steps 0"),
+        ("tiles", "--pictures 0"),
+        ("train_step", "--repeats 0"),
+    ],
+)
+def test_a_size_of_nothing_is_refused(rivals, name, words, capsys):
+    assert load(name).main(words.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    flag = words.split()[0]
+    assert error.startswith(f"error: argument {flag}: expected a whole number from 1 up, found '0'")

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import evaluate_sam3_lora
-import prepare_data
 import train_sam3_lora
 from sam3_lora.coco import CocoSplit
 from sam3_lora.dataset import PromptDataset
@@ -278,14 +277,10 @@ def test_what_reads_prompts_is_not_cached(loaded):
 
 
 @pytest.fixture(scope="module")
-def data_dir(write_source, tmp_path_factory):
+def data_dir(write_split, tmp_path_factory):
     root = tmp_path_factory.mktemp("boxes")
-    for split, count in (("train", 4), ("test", 4)):
-        source = write_source(root / split, count)
-        arguments = ["--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-        arguments += ["--output_dir", str(root / "data"), "--split", split]
-        assert prepare_data.main(["coco", *arguments]) == 0
-    return root / "data"
+    write_split(root, 4, "train")
+    return write_split(root, 4, "test")
 
 
 def train(model, data, output, *more):

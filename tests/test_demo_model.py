@@ -15,7 +15,7 @@ from sam3_lora.evaluation import load_forward
 from sam3_lora.forward import PADDING_BOX
 from sam3_lora.model import load_model
 from sam3_lora.prediction import Prompts, find
-from sam3_lora.scenes import Scene, draw_prompt, draw_shapes, shape_prompts
+from sam3_lora.scenes import Scene, draw_shapes, shape_prompts
 
 SHIPPED = Path(__file__).resolve().parent.parent / "demo" / "sam3_tiny"
 KINDS = [("striped", "red", "ring"), ("plain", "red", "circle"), ("striped", "red", "ring")]
@@ -30,11 +30,12 @@ def test_a_word_that_the_model_learns_is_one_token_and_others_are_bytes(demo_mod
     assert tokenizer("red")["input_ids"][-1] == tokenizer.eos_token_id
 
 
-def test_the_vocabulary_widens_and_absent_prompts_are_absent():
+def test_the_vocabulary_widens_and_absent_prompts_are_absent(pretraining):
     seen: dict[float, set] = {0.0: set(), 1.0: set()}
     for progress, texts in seen.items():
         for seed in range(400):
-            prompt = draw_prompt(np.random.default_rng(seed), KINDS, progress, ("anvil",))
+            rng = np.random.default_rng(seed)
+            prompt = pretraining.draw_prompt(rng, KINDS, progress, ("anvil",))
             text, objects = prompt["text"], prompt["objects"]
             texts.add(text)
             if not prompt["boxes"]:
@@ -45,10 +46,10 @@ def test_the_vocabulary_widens_and_absent_prompts_are_absent():
     assert {"ring", "red ring", "square", "anvil", None} < seen[1.0]
 
 
-def test_an_exemplar_asks_for_its_kind_and_a_negative_one_takes_its_kind_out():
+def test_an_exemplar_asks_for_its_kind_and_a_negative_one_takes_its_kind_out(pretraining):
     shown = {"visual": 0, "text": 0, "refused": 0}
     for seed in range(300):
-        prompt = draw_prompt(np.random.default_rng(seed), KINDS, 1.0, ("anvil",))
+        prompt = pretraining.draw_prompt(np.random.default_rng(seed), KINDS, 1.0, ("anvil",))
         if not prompt["boxes"]:
             continue
         (boxed, positive), *negative = prompt["boxes"]

@@ -75,6 +75,7 @@ FATAL = [
     ("annotations", {"id": True}, "bad id", "annotation id, a whole number under 2.63 .* True"),
     ("annotations", {"id": 2**63}, "bad id", "found 9223372036854775808"),
     ("annotations", {"id": 1.5}, "bad id", "found 1.5"),
+    ("annotations", {"id": [1]}, "bad id", r"found \[1\]"),
     ("annotations", {"bbox": [1, 2, 3]}, "bbox", r"of finite numbers, found \[1, 2, 3\]"),
     ("annotations", {"bbox": [1, 2, NAN, 3]}, "bbox", "of finite numbers, found .*nan"),
     ("annotations", {"bbox": [1, 2, INF, 3]}, "bbox", "of finite numbers, found .*inf"),
@@ -113,6 +114,7 @@ FATAL = [
     ("annotations", rle("é"), "RLE", "or COCO text, found 'é'"),
     ("images", {"file_name": "../1.png"}, "file_name", "inside the images folder, found '../"),
     ("images", {"file_name": "a/../../1.png"}, "file_name", "found 'a/../../1.png'"),
+    ("images", {"file_name": "..\\1.png"}, "file_name", "inside the images folder, found '..\\\\"),
     ("images", {"file_name": "/etc/1.png"}, "file_name", "found '/etc/1.png'"),
     ("images", {"file_name": "\\\\host\\1.png"}, "file_name", "inside the images folder"),
     ("images", {"file_name": "C:1.png"}, "file_name", "found 'C:1.png'"),
@@ -124,6 +126,7 @@ FATAL = [
     ("images", {"file_name": 7}, "file_name", "expected a plain file_name .* found 7"),
     ("images", {"width": None}, "missing key", "width in pixels, 1 to 100000, found None"),
     ("images", {"width": NAN}, "missing key", "width in pixels, 1 to 100000, found nan"),
+    ("images", {"width": 10**9}, "missing key", "width in pixels, 1 to 100000, found 1000000000"),
     ("images", {"height": -3}, "missing key", "height in pixels, 1 to 100000, found -3"),
     ("images", {"width": True}, "missing key", "width in pixels, 1 to 100000, found True"),
     ("images", {"width": 10**5, "height": 10**5}, "huge image", "at most 89478485 pixels, found"),
@@ -159,8 +162,9 @@ def test_what_cannot_be_read(tmp_path, table, changes, kind, message):
     folder = write(tmp_path / "in", edited(table, changes))
     found = [fault for fault in report(folder) if fault.kind == kind]
     assert found and found[0].fatal and found[0].level == "error" and found[0].remedy
-    with pytest.raises(DatasetError):
+    with pytest.raises(DatasetError) as caught:
         coco.read_split(folder)
+    assert len(str(caught.value).splitlines()) == 1
     assert any(matches(message, fault) for fault in found), found[0]
     assert len(str(found[0])) < 600  # one line, whatever the file holds
     flags = ["coco", "--coco_json", str(folder / "annotations.json"), "--images_dir"]
@@ -257,6 +261,7 @@ def test_a_set_as_a_whole(tmp_path):
     found = {fault.kind: fault for fault in report(folder)}
     assert matches("201 objects of 'car', the model finds at most 200", found["crowded image"])
     assert found["crowded image"].id == "image 1"
+    assert "--over_queries tile" in found["crowded image"].remedy
     assert matches("'car' has 201 objects, 'van of .* has 1$", found["imbalance"])
     assert matches(r"has at least 39 tokens", found["long prompt"])
     assert matches("2 file names differ in capitals only, such as '1.png'", found["names alike"])

@@ -131,7 +131,7 @@ def test_names_of_data_yaml(tmp_path, names, categories):
         ("[no, car]", "expected names in .*data.yaml as class: name, found 0: False"),
         ("{a: b}", "found 'a': 'b'"),
         ("3", "found 3; write a list"),
-        ("[" * 5000, "expected YAML in .*data.yaml, found"),
+        ("[" * 600, "expected YAML in .*data.yaml, found"),
         ("[&a [x, x], &b [*a, *a], [*b, *b]]", r"found 0: \['x', 'x'\]; write a list"),
         ("[a, b", "expected YAML in .*data.yaml, found"),
         ("[person, car]\nkpt_shape: [5, 2]", "expected labels of boxes or polygons, found kpt_sh"),

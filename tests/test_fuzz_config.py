@@ -16,12 +16,11 @@ from sam3_lora.checkpoint import read_adapter
 from sam3_lora.config import (
     Config,
     ConfigError,
-    FlagParser,
-    add_config_flags,
     config_from_args,
     load_config,
     save_config,
 )
+from sam3_lora.flags import FlagParser, add_config_flags
 from sam3_lora.options import KEYS, SECTIONS
 
 pytestmark = pytest.mark.scripts
@@ -53,9 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-def refused_in_one_line(error: Exception) -> None:
-    """Asserts that a message is one line that says something."""
-    assert str(error).strip() and "Traceback" not in str(error)
+def says_something(error: Exception) -> None:
+    """Asserts that a message is not empty; the scripts make one line of it."""
+    assert str(error).strip()
 
 
 def check_config(folder: Path, data: bytes, **overrides: Any) -> None:
@@ -65,7 +64,7 @@ def check_config(folder: Path, data: bytes, **overrides: Any) -> None:
     try:
         config = load_config(path, overrides)
     except ConfigError as error:
-        refused_in_one_line(error)
+        says_something(error)
         return
     assert isinstance(config, Config)
     for key in KEYS.values():
@@ -117,7 +116,7 @@ def test_any_flags_are_a_config_or_refused(words: list[str]) -> None:
     except SystemExit as stop:
         assert stop.code == 2
     except ConfigError as error:
-        refused_in_one_line(error)
+        says_something(error)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +147,7 @@ def check_adapter(folder: Path, data: bytes) -> None:
     try:
         content = read_adapter(path)
     except AdapterError as error:
-        refused_in_one_line(error)
+        says_something(error)
         return
     assert isinstance(content["lora_config"], LoRAConfig)
     assert all(bool(tensor.isfinite().all()) for tensor in content["lora"].values())

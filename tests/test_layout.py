@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sam3_lora.coco import DatasetError, find_split
+from sam3_lora.coco import DatasetError
+from sam3_lora.layout import find_split
 
 LABELME = {"version": "5.0.1", "shapes": [], "imagePath": "a.jpg"}
 VIA = {"a.jpg123": {"filename": "a.jpg", "size": 123, "regions": []}}

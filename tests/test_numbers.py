@@ -5,11 +5,11 @@ import logging
 import math
 import shutil
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from runs import run_flags
 
 import evaluate_sam3_lora
 import train_sam3_lora
@@ -23,8 +23,6 @@ from sam3_lora.engine import (
 )
 from sam3_lora.losses import compute_losses
 from sam3_lora.runlog import mean_record, progress_text
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Steps of a toy model -----------------------------------------------------------------------------
 
@@ -222,12 +220,8 @@ def write_data(folder, images, names=("part",), val=None):
 
 
 def run_args(model, data, *more):
-    return [
-        *("--config", str(ROOT / "configs" / "minimal_lora_config.yaml")),
-        *("--model_name", str(model), "--train_data_path", str(data / "train")),
-        *("--output_dir", str(data / "run"), "--num_workers", "0", "--batch_size", "1"),
-        *("--num_epochs", "1", "--logging_steps", "1", "--prompts_per_image", "2", *more),
-    ]
+    more = ("--batch_size", "1", "--prompts_per_image", "2", *more)
+    return run_flags(model, data, data / "run", *more)
 
 
 def read_rows(run):

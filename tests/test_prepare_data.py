@@ -180,6 +180,9 @@ def test_wrong_images_dir(raw, capsys):
     err = capsys.readouterr().err
     assert "found none of 3: a" in err and "check the path" in err
     assert len(err.splitlines()) == 1
+    command[command.index("--images_dir") + 1] = str(raw)
+    assert prepare_data.main(command) == 2
+    assert f"a.png is in {raw / 'images'}: name that folder" in capsys.readouterr().err
 
 
 def test_debug_keeps_the_traceback(raw, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_close, assert_same_run, fork, free_port, stop_at
+from runs import assert_close, assert_same_run, at_step, fork, free_port
 
 import evaluate_sam3_lora
 import inference
@@ -106,7 +106,8 @@ class TestSeveral:
         args = train_args(cut, "--batch_size", str(4 // first), "--save_steps", "3")
 
         def stopped(rank: int) -> int:
-            stop_at(3, signal.SIGTERM if rank == first - 1 else None)
+            if rank == first - 1:
+                at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
             return train_sam3_lora.main(args)
 
         results = fork(stopped, tmp_path / "b", first)
@@ -131,7 +132,7 @@ class TestSeveral:
 
         def killed(rank: int) -> int:
             if rank == 1:
-                stop_at(3, signal.SIGKILL)
+                at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
             return train_sam3_lora.main(
                 train_args(run, "--batch_size", "2", "--save_steps", "2", "--debug")
             )

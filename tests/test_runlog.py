@@ -10,8 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from runs import read_log, run_flags
 
-import prepare_data
 import train_sam3_lora
 from sam3_lora.coco import read_split
 from sam3_lora.config import Config, ConfigError, check_stopping, load_config
@@ -19,17 +19,12 @@ from sam3_lora.evaluation import rank
 from sam3_lora.overview import detections_panel
 from sam3_lora.runlog import RunLog, RunLogError, check_packages, flat_figures
 
-ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     {"step": 1, "lr": 1e-4, "loss": 12.5, "epoch": 1},
     {"step": 2, "lr": 2e-4, "loss": 1 / 3, "train_iou": 0.25, "epoch": 1},
     {"step": 2, "val": {"loss": 3.0, "ap": 0.125, "cgf1": None}},
     {"step": 3, "lr": 1e-4, "loss": 11.0, "epoch": 2},
 ]
-
-
-def read_rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def read_table(folder: Path) -> list[dict]:
@@ -85,7 +80,7 @@ def test_the_table_holds_what_the_log_holds(tmp_path):
     headers = []
     for number, row in enumerate(ROWS, 1):
         log.add_row(row)
-        assert read_rows(tmp_path) == ROWS[:number]
+        assert read_log(tmp_path) == ROWS[:number]
         assert read_table(tmp_path) == named(ROWS[:number])
         headers.append((tmp_path / "metrics.csv").read_text().splitlines()[0])
     # A column keeps its place.
@@ -108,7 +103,7 @@ def test_what_comes_after_a_checkpoint_is_cut(tmp_path, step, evaluated, logged,
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text + text.splitlines()[-1][:9])
     RunLog(tmp_path, step, evaluated=evaluated, logged=logged)
-    assert read_rows(tmp_path) == ROWS[:kept]
+    assert read_log(tmp_path) == ROWS[:kept]
     assert read_table(tmp_path) == named(ROWS[:kept])
     assert (tmp_path / "metrics.csv").read_text().endswith("\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "metrics.csv"]
@@ -239,10 +234,8 @@ def test_a_package_that_is_not_there(name, monkeypatch):
 # The panel ----------------------------------------------------------------------------------------
 
 
-def test_the_panel_shows_annotations_beside_detections(write_source, tmp_path):
-    source = write_source(tmp_path / "source", 6)
-    assert convert(source, tmp_path / "data", "val") == 0
-    split = read_split(tmp_path / "data" / "val")
+def test_the_panel_shows_annotations_beside_detections(write_split, tmp_path):
+    split = read_split(write_split(tmp_path, 6) / "val")
     results = [
         {"image_id": image_id, "category_id": a["category_id"], "score": score, "bbox": a["bbox"]}
         | ({"segmentation": a["segmentation"]} if score > 0.8 else {})
@@ -284,31 +277,12 @@ def test_early_stopping_needs_a_validation_split():
 # Runs ---------------------------------------------------------------------------------------------
 
 
-def convert(source: Path, data: Path, split: str) -> int:
-    return prepare_data.main(
-        ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-        + ["--output_dir", str(data), "--split", split]
-    )
-
-
-@pytest.fixture(scope="module")
-def train(tiny_model_dir, write_source, tmp_path_factory):
+@pytest.fixture
+def train(tiny_model_dir, run_data):
     """Runs the training script: `train(output, *flags) -> exit code`; three steps an epoch."""
-    root = tmp_path_factory.mktemp("runlog")
-    for split, count in (("train", 5), ("val", 3)):
-        assert convert(write_source(root / f"source_{split}", count), root / "data", split) == 0
-
-    def run(output: Path, *flags: str) -> int:
-        return train_sam3_lora.main(
-            [
-                *("--config", str(ROOT / "configs" / "minimal_lora_config.yaml")),
-                *("--model_name", str(tiny_model_dir), "--output_dir", str(output)),
-                *("--train_data_path", str(root / "data" / "train"), "--num_workers", "0"),
-                *("--batch_size", "2", "--prompts_per_image", "3", "--logging_steps", "1", *flags),
-            ]
-        )
-
-    return run
+    return lambda output, *flags: train_sam3_lora.main(
+        run_flags(tiny_model_dir, run_data, output, *flags)
+    )
 
 
 def adapter_of(run: Path, folder: str = "last_model") -> dict:
@@ -325,10 +299,10 @@ def test_a_watched_run_is_the_same_run(train, tmp_path, wandb):
     assert all(torch.equal(plain[name], seen[name]) for name in plain)
     added = {path.name for path in (tmp_path / "seen").iterdir() if "tfevents" not in path.name}
     assert added - {path.name for path in (tmp_path / "plain").iterdir()} == {"wandb_id.txt"}
-    rows = read_rows(tmp_path / "seen")
+    rows = read_log(tmp_path / "seen")
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 3]
     for name in ("plain", "seen"):
-        assert read_table(tmp_path / name) == named(read_rows(tmp_path / name))
+        assert read_table(tmp_path / name) == named(read_log(tmp_path / name))
     scalars, panels = read_events(tmp_path / "seen")
     assert scalars == logged(rows)
     wanted = {"train/loss", "train/loss_mask", "train/lr", "train/img_per_s", "train/it_per_s"}
@@ -361,7 +335,7 @@ def test_an_early_stop_is_exact_and_stays(train, scripted, tmp_path, caplog):
     flags += ["--save_total_limit", "9", "--logging_steps", "3"]
 
     def logged() -> list[int]:
-        return [row["step"] for row in read_rows(run) if "val" not in row]
+        return [row["step"] for row in read_log(run) if "val" not in row]
 
     scripted(0.1, 0.2, 0.1, 0.15)
     assert train(run, *flags, "--early_stopping_patience", "2") == 0
@@ -395,7 +369,7 @@ def test_an_early_stop_is_exact_and_stays(train, scripted, tmp_path, caplog):
     scripted(0.15, 0.15)
     assert train(run, *flags, "--early_stopping_patience", "3", "--resume") == 0
     assert adapter_of(run)["step"] == 7
-    assert [row["step"] for row in read_rows(run) if "val" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in read_log(run) if "val" in row] == [1, 2, 3, 4, 5, 6, 7]
     assert logged() == [3, 6, 7]
 
 
@@ -416,7 +390,7 @@ def test_a_validation_is_logged_once(train, tmp_path, monkeypatch):
     # A run that was killed has its pictures.
     assert {"curves.png", "val_panel.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert train(tmp_path / "run", *flags, "--resume") == 0
-    steps = [(row["step"], "val" in row) for row in read_rows(tmp_path / "run")]
+    steps = [(row["step"], "val" in row) for row in read_log(tmp_path / "run")]
     assert steps == [(1, False), (2, False), (3, False), (3, True)]
 
 

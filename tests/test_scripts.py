@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import read_log, run_flags
 
 import evaluate_sam3_lora
 import example_usage
-import prepare_data
 import train_sam3_lora
 from sam3_lora import config as config_module
 from sam3_lora.forward import Forward
@@ -24,42 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted({path.name for path in ROOT.glob("*.py")} - {"lora_layers.py"})
 
 
-def convert(source: Path, data: Path, split: str) -> int:
-    return prepare_data.main(
-        ["coco", "--coco_json", str(source / "source.json"), "--images_dir", str(source)]
-        + ["--output_dir", str(data), "--split", split]
-    )
-
-
 @pytest.fixture(scope="module")
-def data_dir(write_source, tmp_path_factory):
-    root = tmp_path_factory.mktemp("scripts")
-    for split, count in (("train", 5), ("val", 3)):
-        assert convert(write_source(root / f"source_{split}", count), root / "data", split) == 0
-        assert (
-            prepare_data.main(["validate", "--data_dir", str(root / "data"), "--split", split]) == 0
-        )
-    return root / "data"
-
-
-def train_args(model: Path, data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        *("--config", str(ROOT / "configs" / "minimal_lora_config.yaml")),
-        *("--model_name", str(model), "--train_data_path", str(data / "train")),
-        *("--output_dir", str(output), "--num_workers", "0", "--batch_size", "2"),
-        *("--num_epochs", "1", "--logging_steps", "1", "--prompts_per_image", "3", *more),
-    ]
-
-
-@pytest.fixture(scope="module")
-def run_dir(tiny_model_dir, data_dir, tmp_path_factory):
+def run_dir(tiny_model_dir, run_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "run"
-    assert train_sam3_lora.main(train_args(tiny_model_dir, data_dir, output)) == 0
+    assert train_sam3_lora.main(run_flags(tiny_model_dir, run_data, output)) == 0
     return output
-
-
-def read_log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_run_writes_what_its_docstring_says(run_dir):
@@ -94,8 +63,8 @@ def test_the_saved_configuration_starts_the_same_run(run_dir, tiny_model_dir, tm
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_evaluation_of_adapter_and_base(run_dir, tiny_model_dir, data_dir, tmp_path, capsys):
-    arguments = ["--data_dir", str(data_dir), "--split", "val", "--num_workers", "0"]
+def test_evaluation_of_adapter_and_base(run_dir, tiny_model_dir, run_data, tmp_path, capsys):
+    arguments = ["--data_dir", str(run_data), "--split", "val", "--num_workers", "0"]
     weights = run_dir / "best_model" / "lora_weights.pt"
     assert evaluate_sam3_lora.main(["--lora_weights", str(weights), *arguments]) == 0
     table = capsys.readouterr().out
@@ -115,10 +84,10 @@ def test_evaluation_of_adapter_and_base(run_dir, tiny_model_dir, data_dir, tmp_p
 
 
 def test_an_earlier_run_is_set_aside_replaced_or_continued(
-    run_dir, tiny_model_dir, data_dir, tmp_path
+    run_dir, tiny_model_dir, run_data, tmp_path
 ):
     output = tmp_path / "run"
-    args = train_args(tiny_model_dir, data_dir, output, "--save_steps", "1")
+    args = run_flags(tiny_model_dir, run_data, output, "--save_steps", "1")
     assert train_sam3_lora.main([*args, "--max_steps", "2"]) == 0
     (output / "checkpoint-2").rename(output / "kept")
     # On another machine, without bf16 say: the gradient scaler has no earlier state.
@@ -134,31 +103,9 @@ def test_an_earlier_run_is_set_aside_replaced_or_continued(
     assert not (tmp_path / "run.2").exists()
 
 
-def test_a_run_resumes_with_the_same_losses_and_weights(tiny_model_dir, data_dir, tmp_path):
-    args = ["--config", str(ROOT / "configs" / "minimal_lora_config.yaml")]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for output in (whole, cut):
-        args = train_args(tiny_model_dir, data_dir, output, "--save_steps", "1", "--max_steps", "5")
-        args += ["--num_epochs", "2", "--save_total_limit", "9", "--mask_loss", "points"]
-        assert train_sam3_lora.main(args) == 0
-    for step in (3, 4, 5):
-        for file in (cut / f"checkpoint-{step}").iterdir():
-            file.unlink()
-        (cut / f"checkpoint-{step}").rmdir()
-    assert train_sam3_lora.main([*args, "--resume"]) == 0
-    for name in ("loss", "loss_mask", "grad_norm"):
-        one, two = ([r[name] for r in read_log(run) if "val" not in r] for run in (whole, cut))
-        assert one == two
-    first, second = (
-        torch.load(run / "last_model" / "lora_weights.pt", weights_only=True)["lora"]
-        for run in (whole, cut)
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_starting_from_an_adapter(run_dir, tiny_model_dir, data_dir, tmp_path, capsys):
+def test_starting_from_an_adapter(run_dir, tiny_model_dir, run_data, tmp_path, capsys):
     weights = run_dir / "last_model" / "lora_weights.pt"
-    args = train_args(tiny_model_dir, data_dir, tmp_path / "new", "--max_steps", "1")
+    args = run_flags(tiny_model_dir, run_data, tmp_path / "new", "--max_steps", "1")
     args += ["--init_lora_weights", str(weights), "--learning_rate", "1e-12"]
     assert train_sam3_lora.main(args) == 0
     before = torch.load(weights, weights_only=True)["lora"]
@@ -169,13 +116,13 @@ def test_starting_from_an_adapter(run_dir, tiny_model_dir, data_dir, tmp_path, c
     assert "expected an adapter of this run's settings" in capsys.readouterr().err
 
 
-def test_cached_features_train_the_same_adapter(tiny_model_dir, data_dir, tmp_path, caplog):
+def test_cached_features_train_the_same_adapter(tiny_model_dir, run_data, tmp_path, caplog):
     """Two epochs of one run, cut in the middle and resumed, against one without a cache."""
     adapters = []
     for name in ("off", "ram", "disk"):
         more = ("--cache_features", name, "--cache_dir", str(tmp_path / "cache"))
         more += ("--prompt_pool", "4", "--augment", "false", "--num_epochs", "2")
-        args = train_args(tiny_model_dir, data_dir, tmp_path / name, *more)
+        args = run_flags(tiny_model_dir, run_data, tmp_path / name, *more)
         if name == "disk":
             steps = read_log(tmp_path / "ram")[-1]["step"]
             assert train_sam3_lora.main([*args, "--max_steps", str(steps // 2)]) == 0
@@ -204,18 +151,18 @@ def test_cached_features_train_the_same_adapter(tiny_model_dir, data_dir, tmp_pa
         (("--cache_views", "0"), "training.cache_views is '0', expected a whole number at least 1"),
     ],
 )
-def test_features_that_cannot_be_kept(tiny_model_dir, data_dir, tmp_path, capsys, flags, message):
+def test_features_that_cannot_be_kept(tiny_model_dir, run_data, tmp_path, capsys, flags, message):
     cache = ("--cache_features", "disk", "--cache_dir", str(tmp_path / "cache"))
-    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", *cache, *flags)
+    args = run_flags(tiny_model_dir, run_data, tmp_path / "run", *cache, *flags)
     assert train_sam3_lora.main(args) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
 
 
 def test_a_run_stays_where_the_next_one_cannot_keep_its_features(
-    tiny_model_dir, data_dir, tmp_path, capsys
+    tiny_model_dir, run_data, tmp_path, capsys
 ):
-    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", "--max_steps", "1")
+    args = run_flags(tiny_model_dir, run_data, tmp_path / "run", "--max_steps", "1")
     assert train_sam3_lora.main(args) == 0
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     (tmp_path / "file").write_text("mine")
@@ -226,7 +173,7 @@ def test_a_run_stays_where_the_next_one_cannot_keep_its_features(
 
 
 def test_dry_run_writes_nothing(tiny_model_dir, tmp_path, capsys):
-    args = train_args(tiny_model_dir, tmp_path / "no_data", tmp_path / "run", "--dry_run")
+    args = run_flags(tiny_model_dir, tmp_path / "no_data", tmp_path / "run", "--dry_run")
     assert train_sam3_lora.main(args) == 0
     text = capsys.readouterr().out
     assert "detr_decoder.layers.*.self_attn.(q_proj|k_proj|v_proj|o_proj)" in text
@@ -241,7 +188,7 @@ def test_dry_run_writes_nothing(tiny_model_dir, tmp_path, capsys):
     assert "expected config.json in the folder" in capsys.readouterr().err
 
 
-def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
+def test_every_key_is_read(tiny_model_dir, run_data, tmp_path, monkeypatch):
     """A key that no run reads would be a promise to users that nothing keeps."""
     read = set()
 
@@ -255,7 +202,7 @@ def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
 
     sections = {f.name: f.default for f in dataclasses.fields(config_module.Config)}
     cache = ("--cache_features", "disk", "--cache_dir", str(tmp_path / "cache"))
-    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", *cache)
+    args = run_flags(tiny_model_dir, run_data, tmp_path / "run", *cache)
     parsed = train_sam3_lora.build_parser().parse_args(args)
     config = config_module.config_from_args(parsed)
     monkeypatch.setattr(train_sam3_lora, "config_from_args", lambda _: config)
@@ -272,7 +219,7 @@ def test_every_key_is_read(tiny_model_dir, data_dir, tmp_path, monkeypatch):
     assert keys - read == set()
 
 
-def test_out_of_memory(tiny_model_dir, data_dir, tmp_path, monkeypatch, capsys):
+def test_out_of_memory(tiny_model_dir, run_data, tmp_path, monkeypatch, capsys):
     """Training and evaluation go on in smaller parts while there are any; then one line tells."""
     predict, room = Forward.predict, {"rows": 2}
 
@@ -282,7 +229,7 @@ def test_out_of_memory(tiny_model_dir, data_dir, tmp_path, monkeypatch, capsys):
         return predict(self, features, batch, rows)
 
     monkeypatch.setattr(Forward, "predict", predict_within)
-    args = train_args(tiny_model_dir, data_dir, tmp_path / "run")
+    args = run_flags(tiny_model_dir, run_data, tmp_path / "run")
     assert train_sam3_lora.main(args) == 0
     text = (tmp_path / "run" / "train.log").read_text()
     assert text.count("out of memory: going on") == 1
@@ -306,13 +253,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_line_and_touches_nothing(
-    case, tiny_model_dir, data_dir, tmp_path, capsys
+    case, tiny_model_dir, run_data, tmp_path, capsys
 ):
     flags, message = REFUSED[case]
     output = tmp_path / "run"
     output.mkdir()
     (output / "train.log").write_text("an earlier run's")
-    assert train_sam3_lora.main([*train_args(tiny_model_dir, data_dir, output), *flags]) == 2
+    assert train_sam3_lora.main([*run_flags(tiny_model_dir, run_data, output), *flags]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and message in lines[0]
     assert [path.name for path in output.iterdir()] == ["train.log"]
@@ -321,11 +268,11 @@ def test_bad_input_is_one_line_and_touches_nothing(
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
-def test_a_folder_that_is_no_run_is_left_alone(flags, tiny_model_dir, data_dir, tmp_path, capsys):
+def test_a_folder_that_is_no_run_is_left_alone(flags, tiny_model_dir, run_data, tmp_path, capsys):
     output = tmp_path / "thesis"
     output.mkdir()
     (output / "thesis.txt").write_text("precious")
-    args = [*train_args(tiny_model_dir, data_dir, output), *flags]
+    args = [*run_flags(tiny_model_dir, run_data, output), *flags]
     assert train_sam3_lora.main(args) == 2
     assert "expected a new folder or an earlier run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
@@ -334,23 +281,23 @@ def test_a_folder_that_is_no_run_is_left_alone(flags, tiny_model_dir, data_dir, 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_junk_image_stops_before_the_earlier_run_is_touched(
-    workers, write_source, tiny_model_dir, tmp_path, capsys
+    workers, write_split, tiny_model_dir, tmp_path, capsys
 ):
-    assert convert(write_source(tmp_path / "source", 3), tmp_path / "data", "train") == 0
-    (tmp_path / "data" / "train" / "images" / "1.png").write_text("no image")
+    data = write_split(tmp_path, 3, "train")
+    (data / "train" / "images" / "1.png").write_text("no image")
     output = tmp_path / "run"
     output.mkdir()
     (output / "train.log").write_text("an earlier run's")
-    args = train_args(tiny_model_dir, tmp_path / "data", output, "--overwrite")
+    args = run_flags(tiny_model_dir, data, output, "--overwrite")
     assert train_sam3_lora.main([*args, "--num_workers", workers]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "1.png" in error
     assert [path.name for path in output.iterdir()] == ["train.log"]
 
 
-def test_a_resumed_run_keeps_its_settings(run_dir, tiny_model_dir, data_dir, capsys):
+def test_a_resumed_run_keeps_its_settings(run_dir, tiny_model_dir, run_data, capsys):
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    args = train_args(tiny_model_dir, data_dir, run_dir, "--resume")
+    args = run_flags(tiny_model_dir, run_data, run_dir, "--resume")
     assert train_sam3_lora.main([*args, "--learning_rate", "0.9", "--lora_alpha", "480"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "lora.alpha 16.0 -> 480.0; training.learning_rate 0.0001 -> 0.9" in error
@@ -359,14 +306,14 @@ def test_a_resumed_run_keeps_its_settings(run_dir, tiny_model_dir, data_dir, cap
 
 @pytest.mark.parametrize("emptied", [False, True])
 def test_a_resume_that_cannot_go_on_changes_nothing(
-    emptied, run_dir, tiny_model_dir, data_dir, tmp_path, capsys
+    emptied, run_dir, tiny_model_dir, run_data, tmp_path, capsys
 ):
     output = tmp_path / "run"
     shutil.copytree(run_dir, output)
     if emptied:
         (output / "config.yaml").write_text("")
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    args = [*train_args(tiny_model_dir, data_dir, output), "--max_steps", "2"]
+    args = [*run_flags(tiny_model_dir, run_data, output), "--max_steps", "2"]
     assert train_sam3_lora.main([*args, "--resume"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     asked = "--resume: expected at least the 3 steps that are done, found 2 in all; raise --max_st"
@@ -375,8 +322,8 @@ def test_a_resume_that_cannot_go_on_changes_nothing(
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
-def test_max_steps_may_exceed_the_epochs(tiny_model_dir, data_dir, tmp_path):
-    args = train_args(tiny_model_dir, data_dir, tmp_path / "run", "--max_steps", "4")
+def test_max_steps_may_exceed_the_epochs(tiny_model_dir, run_data, tmp_path):
+    args = run_flags(tiny_model_dir, run_data, tmp_path / "run", "--max_steps", "4")
     args += ["--logging_steps", "3"]
     assert train_sam3_lora.main(args) == 0
     rows = [row for row in read_log(tmp_path / "run") if "val" not in row]
@@ -384,10 +331,10 @@ def test_max_steps_may_exceed_the_epochs(tiny_model_dir, data_dir, tmp_path):
     assert [(row["step"], row["epoch"]) for row in rows] == [(3, 1), (4, 2)]
 
 
-def test_a_kill_before_the_last_evaluation(tiny_model_dir, data_dir, tmp_path):
+def test_a_kill_before_the_last_evaluation(tiny_model_dir, run_data, tmp_path):
     """The checkpoint of the last step is there, its evaluation is not: resuming makes up for it."""
     output = tmp_path / "run"
-    args = train_args(tiny_model_dir, data_dir, output, "--save_steps", "1")
+    args = run_flags(tiny_model_dir, run_data, output, "--save_steps", "1")
     patch = pytest.MonkeyPatch()
 
     def killed(run):
@@ -410,24 +357,24 @@ def test_broken_annotations(content, message, tiny_model_dir, tmp_path, capsys):
     train = tmp_path / "data" / "train"
     (train / "images").mkdir(parents=True)
     (train / "annotations.json").write_text(content)
-    args = train_args(tiny_model_dir, tmp_path / "data", tmp_path / "run")
+    args = run_flags(tiny_model_dir, tmp_path / "data", tmp_path / "run")
     assert train_sam3_lora.main(args) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adapter_for_other_modules_is_refused(run_dir, data_dir, tmp_path, capsys):
+def test_an_adapter_for_other_modules_is_refused(run_dir, run_data, tmp_path, capsys):
     content = torch.load(run_dir / "best_model" / "lora_weights.pt", weights_only=True)
     content["lora"] = {f"elsewhere.{k}": v for k, v in content["lora"].items()}
     torch.save(content, tmp_path / "other.pt")
-    args = ["--lora_weights", str(tmp_path / "other.pt"), "--data_dir", str(data_dir)]
+    args = ["--lora_weights", str(tmp_path / "other.pt"), "--data_dir", str(run_data)]
     assert evaluate_sam3_lora.main(args) == 2
     assert "the adapter does not fit the model" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["other.pt"]
 
 
-def test_neither_adapter_nor_base(data_dir, capsys):
-    assert evaluate_sam3_lora.main(["--data_dir", str(data_dir)]) == 2
+def test_neither_adapter_nor_base(run_data, capsys):
+    assert evaluate_sam3_lora.main(["--data_dir", str(run_data)]) == 2
     assert "--base" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import assert_same_run, fork
+from runs import assert_same_run, at_step, fork
 
 import train_sam3_lora
 from sam3_lora import processes
@@ -60,16 +60,8 @@ class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_to_all_processes_of_a_run(self, train_args, tmp_path, number):
         def stopped(_: int) -> int:
-            original = train_sam3_lora.log_steps
-
-            def log_steps(run, epoch):
-                if run.at.step == 2:
-                    os.killpg(0, number)
-                    time.sleep(0.5)
-                return original(run, epoch)
-
             os.setpgrp()
-            train_sam3_lora.log_steps = log_steps
+            at_step(2, lambda: (os.killpg(0, number), time.sleep(0.5)))
             flags = ("--num_workers", "2", "--batch_size", "1", "--num_epochs", "4")
             return train_sam3_lora.main(train_args(tmp_path / "run", *flags))
 
@@ -81,32 +73,17 @@ class TestSignals:
     def test_two_runs_do_not_share_a_folder(self, train_args, tmp_path):
         run = tmp_path / "run"
 
-        def second(_: int) -> int:
-            started = train_sam3_lora.log_steps
+        def start_another() -> None:
+            command = [sys.executable, str(ROOT / "train_sam3_lora.py"), *train_args(run)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 2
+            assert "error: output_dir: expected a folder that no other run" in done.stderr
 
-            def log_steps(run_, epoch):
-                if run_.at.step == 2:
-                    ((code, text),) = fork(
-                        lambda _: (
-                            subprocess.run(
-                                [
-                                    sys.executable,
-                                    str(ROOT / "train_sam3_lora.py"),
-                                    *train_args(run),
-                                ],
-                                check=False,
-                            ).returncode
-                        ),
-                        tmp_path / "b",
-                    )
-                    assert code == 2
-                    assert "error: output_dir: expected a folder that no other run" in text
-                return started(run_, epoch)
-
-            train_sam3_lora.log_steps = log_steps
+        def first(_: int) -> int:
+            at_step(2, start_another)
             return train_sam3_lora.main(train_args(run))
 
-        ((code, text),) = fork(second, tmp_path / "a")
+        ((code, text),) = fork(first, tmp_path / "a")
         assert code == 0, text
         assert not (tmp_path / "run.1").exists()
         # It is free again.
@@ -160,17 +137,13 @@ class TestSignals:
         assert text.splitlines()[-1] == f"sam3_lora.processes.Stopped: {128 + signal.SIGHUP}"
 
     def test_a_killed_loader_process_ends_the_run_in_order(self, train_args, tmp_path):
+        def kill_children() -> None:
+            for children in Path("/proc/self/task").glob("*/children"):
+                for pid in children.read_text().split():
+                    os.kill(int(pid), signal.SIGKILL)
+
         def killed(_: int) -> int:
-            original = train_sam3_lora.log_steps
-
-            def log_steps(run, epoch):
-                if run.at.step == 3:
-                    for child in Path("/proc/self/task").glob("*/children"):
-                        for pid in child.read_text().split():
-                            os.kill(int(pid), signal.SIGKILL)
-                return original(run, epoch)
-
-            train_sam3_lora.log_steps = log_steps
+            at_step(3, kill_children)
             args = train_args(tmp_path / "run", "--num_workers", "1", "--batch_size", "1")
             return train_sam3_lora.main([*args, "--num_epochs", "2"])
 

@@ -222,7 +222,7 @@ def test_outputs_of_a_video(tmp_path, monkeypatch, caplog):
     assert decode_mask(rows[1]["segmentation"], 64, 96).sum() == 400
 
 
-def test_colours_are_of_identities(tmp_path):
+def test_colours_are_of_identities():
     frame, found, _ = tracked_squares(1, SIZE)[0]
     prompts = Prompts(["cat", "dog"], [], [])
     first, second, again = (video._draw(frame.photo, found, [key], prompts) for key in (1, 2, 13))
