@@ -70,7 +70,7 @@ from sam3_lora.evaluation import Detections, load_forward
 from sam3_lora.files import check_writable, set_aside, write_json, write_picture
 from sam3_lora.flags import FlagParser, add_config_flags, expand
 from sam3_lora.forward import Forward
-from sam3_lora.images import list_images
+from sam3_lora.images import IMAGE_SUFFIXES, image_size, list_images, read_image
 from sam3_lora.metrics import coco_results
 from sam3_lora.model import ModelError, build_tracker
 from sam3_lora.prediction import (
@@ -169,7 +169,7 @@ def check_images(images: list[Path], boxes_xyxy: list[list[float]]) -> None:
     problems = []
     for path in images:
         try:
-            width, height = coco.image_size(path)
+            width, height = image_size(path)
         except DatasetError as error:
             problems.append(str(error))
             continue
@@ -186,8 +186,8 @@ def plan_overlays(args: argparse.Namespace, images: list[Path]) -> list[Path]:
     """Each image's overlay; ConfigError where two files of this run would be one."""
     output = args.output
     overlays = [output]
-    if output.suffix and output.suffix.lower() not in coco.IMAGE_SUFFIXES and not output.is_dir():
-        kinds = ", ".join(sorted(coco.IMAGE_SUFFIXES))
+    if output.suffix and output.suffix.lower() not in IMAGE_SUFFIXES and not output.is_dir():
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ConfigError(
             f"--output: expected an image file ({kinds}) or a folder, found {output}; a folder "
             "whose name has a dot must exist"
@@ -462,17 +462,17 @@ def main(argv: list[str] | None = None) -> int:
         forward, prompts, thresholds = load(args, options, prompts)
         numbered = list(enumerate(zip(images, overlays, strict=True), start=1))
         rows: list[dict[str, Any]] = []
-        unread: list[Path] = []
+        unread: list[str] = []
         max_rows = options.hardware.max_rows_per_forward
         # 3. Image by image.
         for image_id, (path, overlay) in processes.share(numbered):
             try:
-                photo = coco.read_image(path)
+                photo = read_image(path)
             except DatasetError as error:
                 if len(images) == 1:
                     raise
                 log.error("left out: %s", error)
-                unread.append(path)
+                unread.append(str(error))
                 continue
             found, best = answer(args, forward, photo, prompts, thresholds, max_rows)
             own = write_image(args, image_id, path, overlay, photo, found, prompts)
@@ -483,12 +483,13 @@ def main(argv: list[str] | None = None) -> int:
             )
             print(f"{path.name}: {texts}, best score {best:.3f}, {overlay}", flush=True)
         everywhere = [row for part in processes.gather(rows) for row in part]
-        left_out = [path for part in processes.gather(unread) for path in part]
+        left_out = [reason for part in processes.gather(unread) for reason in part]
     if args.json and processes.is_main():
         write_json(args.json, sorted(everywhere, key=lambda row: row["image_id"]))
     if left_out:
-        found = f"{len(left_out)} that cannot be read, the first {left_out[0]}"
-        raise DatasetError(f"expected {len(images)} whole images, found {found}; replace them")
+        raise DatasetError(
+            f"{len(left_out)} of {len(images)} images were left out, the first: {left_out[0]}"
+        )
     return 0
 
 

@@ -319,16 +319,15 @@ def load_saved(path: Path) -> Config:
     """The configuration that a run saved, to go on with it.
 
     Raises:
-        ConfigError: as `load_config`; or a section is not there, of which `save_config` writes all.
+        ConfigError: as `load_config`; or the file is empty.
     """
-    found = _read_yaml(path, [])
-    absent = [s for s in SECTIONS if not any(KEYS[flag].section == s for flag in found)]
-    if absent:
+    config = load_config(path, {})
+    if not _read_yaml(path, []):
         raise ConfigError(
-            f"--resume: expected the settings of the run in {path}, found none of "
-            f"{', '.join(absent)}; copy those in best_model/ there over it, or start a new run"
+            f"--resume: expected the settings of the run in {path}, found none; copy config.yaml "
+            "of best_model/ over it, or start a new run"
         )
-    return load_config(path, {})
+    return config
 
 
 def check_same_settings(config: Config, earlier: Config) -> None:

@@ -46,8 +46,8 @@ PUBLISHED = "facebook/sam3"
 CONTEXT_LENGTH = 32
 # Of the letters of European languages in Latin script; beyond are other scripts.
 LAST_LATIN = 0x24F
-# Characters of a library's error in ours.
-MAX_REASON = 160
+# Characters of a library's error in ours, and of a prompt.
+MAX_REASON, MAX_SHOWN = 160, 60
 # What no SAM 3 comes near: the detector has 0.84e9 parameters, 32 layers, 49,408 words. A
 # configuration with more would fill the memory before its weights were looked at.
 MAX_PARAMETERS, MAX_LAYERS, MAX_SIZE = 2 * 10**9, 200, 10**6
@@ -309,11 +309,11 @@ def _tell_unread(tokenizer: Any, text: str) -> None:
     """Warns, once, of a prompt of which the model reads a part only, or understands little."""
     count = len(tokenizer(text, verbose=False)["input_ids"])
     if count > CONTEXT_LENGTH:
-        told = "the prompt %.60r has %d tokens, of which SAM 3 reads the first %d; shorten it"
-        log.warning(told, text, count, CONTEXT_LENGTH)
+        told = "the prompt %r has %d tokens, of which SAM 3 reads the first %d; shorten it"
+        log.warning(told, text[:MAX_SHOWN], count, CONTEXT_LENGTH)
     if any(c.isalpha() and ord(c) > LAST_LATIN for c in text):
-        told = "the prompt %.60r: expected English words, which SAM 3 was trained on; translate it"
-        log.warning(told, text)
+        told = "the prompt %r: expected English words, which SAM 3 was trained on; translate it"
+        log.warning(told, text[:MAX_SHOWN])
 
 
 def _refuse_other_formats(name: str) -> None:

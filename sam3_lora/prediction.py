@@ -42,6 +42,7 @@ from sam3_lora.evaluation import (
     summarize,
 )
 from sam3_lora.forward import PER_ROW, Forward
+from sam3_lora.images import read_image
 from sam3_lora.model import image_size
 from sam3_lora.tiles import merge_views, view_windows
 
@@ -372,7 +373,7 @@ def evaluate_tiles(
     categories = np.array(list(split.categories))
     prompts = Prompts([split.phrase(category) for category in split.categories], [], [])
     for image in images:
-        photo = coco.read_image(split.image_path(image))
+        photo = read_image(split.image_path(image))
         found = search(forward, photo, prompts, max_rows, *limits, tile)
         found["category_id"] = categories[found["category_id"] - 1]
         by_image[image["id"]] = found

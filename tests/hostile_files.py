@@ -150,7 +150,7 @@ CASES += [
     Case("adapter: a link to itself", EXPORT, "peft --lora_weights bad.pt --output_dir {out}",
         "found nothing at bad.pt", lambda folder, _: (folder / "bad.pt").symlink_to("bad.pt")),
     Case("adapter: two that are bad", INFERENCE, FIND + "--lora_weights a=bad.pt b=no.pt",
-        "name another; expected an adapter file, found nothing", put("bad.pt", b"x")),
+        "name a lora_weights.pt; expected an adapter file, found nothing", put("bad.pt", b"x")),
     Case("adapter: of two bases", INFERENCE, FIND + "--lora_weights a={adapter} b=bad.pt",
         "expected adapters of one base", entry(base_fingerprint="1" * 16)),
     Case("adapter: start with code", TRAIN, START + "bad.pt", SAFELY, ADAPTERS[0][1]),

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "features": {"dataset", "files", "forward", "loader", "processes"},
     "memory": {"forward", "lora_layers", "losses", "model"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
-    | {"metrics", "model", "tiles"},
+    | {"images", "metrics", "model", "tiles"},
     "prompts": {"config", "forward", "geometry", "images", "prediction", "tiles"},
     "exchange": {"checkpoint", "lora_layers"},
     "card": {"model"},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3_lora import coco
+from sam3_lora import coco, images
 from sam3_lora.coco import DatasetError
 from sam3_lora.faults import find_faults
 
@@ -225,8 +225,8 @@ def test_size_is_that_after_exif_rotation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # Orientation: shown turned by 90 degrees
     Image.new("RGB", (WIDTH, HEIGHT)).save(path, exif=exif)
-    assert coco.image_size(path) == (HEIGHT, WIDTH)
-    assert coco.read_image(path).shape == (WIDTH, HEIGHT, 3)
+    assert images.image_size(path) == (HEIGHT, WIDTH)
+    assert images.read_image(path).shape == (WIDTH, HEIGHT, 3)
     faults = find_faults(folder / "annotations.json", folder / "images")
     assert "expected 40 x 30 pixels as annotated, found 30 x 40" in str(faults[0])
     assert "EXIF" in faults[0].remedy
@@ -282,7 +282,7 @@ def test_mask_iou():
 def test_read_image_of_8_bit_modes(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new("RGB", (8, 6), "white").convert(mode).save(path)
-    pixels = coco.read_image(path)
+    pixels = images.read_image(path)
     assert pixels.shape == (6, 8, 3) and pixels.dtype == np.uint8
     assert (pixels == 255).all()
 
@@ -302,17 +302,17 @@ def test_read_image_of_deep_modes(tmp_path):
     ramp = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
     for name in ("a.png", "a.tif"):
         Image.fromarray(ramp).save(tmp_path / name)
-        pixels = coco.read_image(tmp_path / name)
+        pixels = images.read_image(tmp_path / name)
         assert np.array_equal(pixels[..., 0], np.rint(ramp / 257))
         for bits in (8, 10, 12):  # values of so many bits in a 16-bit file
             Image.fromarray(ramp >> (16 - bits)).save(tmp_path / name)
             wanted = np.rint((ramp >> (16 - bits)) * (255 / (2**bits - 1)))
-            assert np.array_equal(coco.read_image(tmp_path / name)[..., 0], wanted)
+            assert np.array_equal(images.read_image(tmp_path / name)[..., 0], wanted)
     floats = np.array([[-1.0, 0.0], [1.0, np.nan]], dtype=np.float32)
     Image.fromarray(floats).save(tmp_path / "f.tif")
-    assert coco.read_image(tmp_path / "f.tif")[..., 1].tolist() == [[0, 128], [255, 0]]
+    assert images.read_image(tmp_path / "f.tif")[..., 1].tolist() == [[0, 128], [255, 0]]
     Image.fromarray(np.full((2, 2), 7, np.int32)).save(tmp_path / "i.tif")
-    assert (coco.read_image(tmp_path / "i.tif") == 0).all()
+    assert (images.read_image(tmp_path / "i.tif") == 0).all()
 
 
 def test_read_image_refuses(tmp_path, monkeypatch):
@@ -323,10 +323,10 @@ def test_read_image_refuses(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("text")
     for name in ("cut.jpg", "text.png", "absent.png"):
         with pytest.raises(DatasetError, match=f"expected an image that PIL reads, found .*{name}"):
-            coco.read_image(tmp_path / name)
+            images.read_image(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DatasetError, match="decompression bomb"):
-        coco.read_image(tmp_path / "a.jpg")
+        images.read_image(tmp_path / "a.jpg")
 
 
 def masks_of(split: coco.CocoSplit) -> list[dict]:

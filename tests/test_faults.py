@@ -321,7 +321,7 @@ def test_files_that_are_no_images(tmp_path, monkeypatch):
     fault = report(tmp_path / "bomb")[-1]
     assert matches(r"at most 1000 pixels, found .* \(40 x 30 pixels\); cut it into tiles", fault)
     with pytest.raises(DatasetError, match="at most 1000 pixels"):
-        coco.read_image(tmp_path / "bomb" / "images" / "1.png")
+        images.read_image(tmp_path / "bomb" / "images" / "1.png")
 
 
 def test_hostile_masks_take_no_memory():

@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 
 import inference
 import prepare_data
-from sam3_lora import coco, formats, geometry
+from sam3_lora import coco, formats, geometry, images
 from sam3_lora.coco import CocoSplit, DatasetError
 from sam3_lora.mask_images import KINDS, read_masks
 
@@ -361,10 +361,10 @@ def test_an_odd_photo_is_read(name: str, tiny_model_dir: Path, tmp_path: Path, c
     write, size = ODD_PHOTOS[name]
     path, out = tmp_path / "photo of 🙂.png", tmp_path / "out"
     write(path)
-    assert coco.image_size(path) == size and coco.read_image(path).shape == (*size[::-1], 3)
+    assert images.image_size(path) == size and images.read_image(path).shape == (*size[::-1], 3)
     flags = ["--model_name", str(tiny_model_dir), "--image", str(path), "--output", str(out)]
     assert inference.main([*flags, "--text_prompt", "car", "--threshold", "0"]) == 0
-    assert coco.image_size(out / "photo of 🙂_overlay.png") == size
+    assert images.image_size(out / "photo of 🙂_overlay.png") == size
     rows = json.loads((out / "photo of 🙂_detections.json").read_text(encoding="utf-8"))
     assert rows and all(geometry.is_box(row["bbox"]) for row in rows)
 
