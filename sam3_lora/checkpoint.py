@@ -272,9 +272,9 @@ def adapt(model: nn.Module, lora: LoRAConfig, start: Path | None = None) -> None
 
 
 def check_base(content: dict[str, Any], model: nn.Module, path: Path) -> None:
-    """Raises AdapterError when an adapter was trained on another base model than this one."""
+    """Raises AdapterError when an adapter was trained on other weights than this model's, if any."""
     found = fingerprint(model)
-    if content["base_fingerprint"] != found:
+    if found and content["base_fingerprint"] != found:
         raise AdapterError(
             f"{path}: expected the base it was trained on, {content['base_model']} "
             f"({content['base_fingerprint']}), found a model with other weights ({found}); name "

@@ -130,7 +130,7 @@ def _parse(path: Path) -> yaml.Node | None:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: broken YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise ConfigError(f"{path}: expected a short YAML file in UTF-8: {reason}") from error
 
 
@@ -358,7 +358,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints `message` on one line, of several processes once, and exits with code 2."""
-        text = f"error: {_one_line(message)} (see {self.prog} --help)\n"
+        text = f"error: {one_line(message)} (see {self.prog} --help)\n"
         self.exit(2, text if processes.is_main() else None)
 
 
@@ -426,7 +426,7 @@ def shorten(text: str, most: int = MAX_SHOWN) -> str:
     return text if len(text) <= most else f"{text[: most * 3 // 4]} ... {text[-most // 4 :]}"
 
 
-def _one_line(message: object) -> str:
+def one_line(message: object) -> str:
     """A message without its line breaks, and with nothing that a terminal takes for a command."""
     text = shorten(" ".join(str(message).split()), MAX_MESSAGE)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -459,7 +459,7 @@ def user_errors(*errors: type[Exception]) -> Callable[[Callable[..., int]], Call
                     traceback.print_exc()
                 if processes.is_main() or not isinstance(error, ConfigError):
                     which = f"process {processes.rank()}: " if processes.count() > 1 else ""
-                    sys.stderr.write(f"error: {which}{_one_line(error)}\n")
+                    sys.stderr.write(f"error: {which}{one_line(error)}\n")
                 return 2
 
         return guarded

@@ -57,6 +57,11 @@ class Fault:
         return f"{self.message} ({where}); {self.remedy}"
 
 
+def _least_tokens(phrase: str) -> int:
+    """A lower bound of a prompt's length in CLIP's tokens: its words, digits, signs and 2 ends."""
+    return 2 + len(re.findall(r"[^\W\d_]+|\d|[^\w\s]+|_+", phrase))
+
+
 def find_faults(
     annotations_file: Path,
     images_dir: Path,
@@ -80,7 +85,7 @@ def find_faults(
         return [Fault("error", "file", str(error), file, None, "nothing else was checked", True)]
     return [
         *record_faults(payload, file, thorough=True),
-        *_set_faults(payload, file, count_tokens or _least_tokens),
+        *set_faults(payload, file, count_tokens or _least_tokens),
         *_disk_faults(payload, images_dir, file),
         *_copy_faults(payload, images_dir, file.parent),
     ]
@@ -173,8 +178,10 @@ def _unused(payload: dict, file: Path, images: set, categories: set) -> Iterator
         yield Fault("warning", "empty images", message, file, None, "they are kept as negatives")
 
 
-def _set_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterator[Fault]:
-    """Warnings about the set as a whole: crowded images, balance, prompts, names alike."""
+def set_faults(
+    payload: dict[str, Any], file: Path, count_tokens: Callable = _least_tokens
+) -> Iterator[Fault]:
+    """Yields warnings about a set as a whole: crowded images, balance, prompts, names alike."""
     rows, images = kept_categories(payload), payload["images"]
     image_at, category_at = positions_by_id(images), positions_by_id(rows)
     pairs: Counter = Counter()
@@ -217,11 +224,6 @@ def _set_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterator[F
             message = f"{count} file names differ in capitals only, such as {shown(name)}"
             remedy = "they are one file on Windows and macOS: rename all but one"
             yield Fault("warning", "names alike", message, file, None, remedy)
-
-
-def _least_tokens(phrase: str) -> int:
-    """A lower bound of a prompt's length in CLIP's tokens: its words, digits, signs and 2 ends."""
-    return 2 + len(re.findall(r"[^\W\d_]+|\d|[^\w\s]+|_+", phrase))
 
 
 def _fatal(kind: str, message: str, file: Path, row_id: str | None, remedy: str) -> Fault:
