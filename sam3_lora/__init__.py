@@ -1,6 +1,8 @@
 """What the scripts share, one concern a file.
 
 options     the options of every script: one list of keys, in six sections
+packages    Python and the packages that must be installed; what one check found
+preflight   all that a run needs, looked at before it starts: --check
 config      reads them from YAML and flags; the only reader of configuration files
 model       loads SAM 3; device, precision, train and eval modes
 forward     our forward over SAM 3's sub-modules: every layer, masks on demand

@@ -272,7 +272,7 @@ def adapt(model: nn.Module, lora: LoRAConfig, start: Path | None = None) -> None
 
 
 def check_base(content: dict[str, Any], model: nn.Module, path: Path) -> None:
-    """Raises AdapterError when an adapter was trained on other weights than this model's, if any."""
+    """Raises AdapterError when an adapter was trained on other weights than a model's, if any."""
     found = fingerprint(model)
     if found and content["base_fingerprint"] != found:
         raise AdapterError(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 36
+MAX_PACKAGE_FILES = 38
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "faults": {"geometry", "images", "processes"},
     "images": {"geometry"},
     "repair": {"coco", "faults", "geometry"},
-    "overview": {"coco", "drawing"},
+    "overview": {"coco", "drawing", "faults", "packages"},
     "formats": {"coco", "shapes"},
     "shapes": {"coco", "faults", "geometry", "images"},
     "mask_images": {"coco", "shapes", "images"},
@@ -43,6 +43,8 @@ MAY_IMPORT = {
     "engine": {"processes"},
     "features": {"loader", "model", "processes"},
     "memory": {"forward", "lora_layers", "losses", "model"},
+    "preflight": {"checkpoint", "coco", "config", "features", "files", "forward"}
+    | {"lora_layers", "memory", "model", "options", "overview", "packages", "runlog"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
     | {"metrics", "model", "tiles"},
     "prompts": {"config", "forward", "geometry", "images", "prediction", "tiles"},
