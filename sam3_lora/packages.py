@@ -55,7 +55,7 @@ def check_packages(requirements: Path = REQUIREMENTS) -> Finding:
     wanted = [line.split(">=") for line in lines if line.strip() and not line.startswith("#")]
     versions = {name: installed_version(name) for name, _ in wanted}
     problems = [
-        f"{name} {bound} or newer, found {versions[name] or 'none'}"
+        f"{name}>={bound} (found {versions[name] or 'none'})"
         for name, bound in wanted
         if versions[name] is None or _numbers(versions[name]) < _numbers(bound)
     ]
@@ -91,6 +91,9 @@ def explained() -> Iterator[None]:
         findings.append(Finding("error", "the rest", f"cannot be checked or run: {reason}"))
         stream = sys.stdout if "--check" in sys.argv else sys.stderr
         stream.writelines(f"{finding}\n" for finding in findings)
+        if "--check" in sys.argv:
+            errors = sum(finding.state == "error" for finding in findings)
+            stream.write(f"{errors} errors, 0 warnings: correct the errors and check again\n")
         raise SystemExit(2) from None
 
 
@@ -106,9 +109,8 @@ def _mismatch(torch: str, torchvision: str) -> list[str]:
         for operator, version in re.findall(r"^torch\s*\(?(==|>=)\s*([\d.]+)", line):
             fits = _numbers(torch) == _numbers(version)
             if not fits and (operator == "==" or _numbers(torch) < _numbers(version)):
-                newer = " or newer" if operator == ">=" else ""
-                needed = f"torch {version}{newer} for torchvision {torchvision}"
-                problems.append(f"{needed}, found {torch}")
+                needed = f"torch{operator}{version} for torchvision {torchvision}"
+                problems.append(f"{needed} (found {torch})")
     return problems
 
 

@@ -189,11 +189,12 @@ def _check_size(report: Report, config: Config, parts: Parts, known: Known, trai
     training, kind, features = config.training, config.training.cache_features, 0
     masks = train_set is None or train_set.has_masks()
     forward = parts.forward(config, known.model, None, known.dtype, masks)
+    if known.device is not None and train_set is not None and kind != "off":
+        with report.part("features"):
+            limit = training.cache_limit_gb
+            features = cache_bytes(forward, train_set, limit, known.device.type)
     if known.device is not None:
         with report.part("memory"):
-            if train_set is not None and kind != "off":
-                limit = training.cache_limit_gb
-                features = cache_bytes(forward, train_set, limit, known.device.type)
             asked = config.hardware.gradient_checkpointing, training.gradient_accumulation_steps
             settings = parts.memory_settings(config, forward)
             kept = features if kind == "ram" else 0

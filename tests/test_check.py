@@ -226,6 +226,7 @@ def test_settings_that_cannot_go_together_are_told_with_the_rest(checked, no_tra
     assert any("expected a frozen vision encoder" in line for line in lines)
     code, lines = checked("--cache_features", "disk", "--cache_limit_gb", "1e-9")
     assert code == 2 and any("training.cache_limit_gb" in line for line in lines)
+    assert names(lines, "error") == ["features"] and "memory" in names(lines, "ok")
     code, lines = checked("--cache_features", "disk")
     assert code == 0 and any("features" in line and "disk" in line for line in lines)
 

@@ -57,8 +57,8 @@ def test_packages_missing_and_too_old_come_together(tmp_path):
     wanted.write_text("# a comment\nnumpy>=999.1\nno-such-package-here>=2.0\nscipy>=1.0\n")
     found = check_packages(wanted)
     assert found.state == "error"
-    assert "numpy 999.1 or newer, found " in found.found
-    assert "no-such-package-here 2.0 or newer, found none" in found.found
+    assert "numpy>=999.1 (found " in found.found
+    assert "no-such-package-here>=2.0 (found none)" in found.found
     assert "scipy" not in found.found and "pip install -r requirements.txt" in found.remedy
 
 
@@ -78,7 +78,7 @@ def test_torchvision_was_built_for_this_torch(monkeypatch, needed, state):
     monkeypatch.setattr(packages, "_needs", lambda name: ["numpy", needed])
     found = check_packages()
     assert found.state == state
-    assert (state == "ok") or "for torchvision 0.29.1, found 2.14.1+cu130" in found.found
+    assert (state == "ok") or "for torchvision 0.29.1 (found 2.14.1+cu130)" in found.found
 
 
 @pytest.mark.parametrize(("flag", "stream"), [("--check", "out"), ("--resume", "err")])
@@ -89,8 +89,11 @@ def test_a_missing_package_is_no_traceback(monkeypatch, capsys, flag, stream):
         raise ImportError("cannot import name 'Sam3Model' from 'transformers'")
     assert stop.value.code == 2
     text = getattr(capsys.readouterr(), stream)
-    assert "transformers 5.17 or newer, found none" in text
+    assert "transformers>=5.17 (found none)" in text
     assert "cannot import name 'Sam3Model'" in text
+    assert text.endswith("2 errors, 0 warnings: correct the errors and check again\n") == (
+        flag == "--check"
+    )
 
 
 def test_a_bug_keeps_its_traceback_where_the_packages_are_right():
