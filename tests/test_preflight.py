@@ -1,6 +1,7 @@
 """What `--check` says of packages, device, weights, memory, disk and folder: good and bad."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import get_session
 
 from lora_layers import AdapterError, LoRAConfig, apply_lora
 from sam3_lora import files, memory, packages, preflight, runlog
+from sam3_lora.config import setup_logging
 from sam3_lora.forward import Forward
 from sam3_lora.model import ModelError, load_meta_model
 from sam3_lora.packages import Finding, check_packages, check_python, explained
@@ -426,3 +429,11 @@ def test_warnings_leave_the_exit_code_0():
     report = preflight.Report((), told.append)
     report.add(Finding("warning", "run", "odd"))
     assert report.close() == 0 and told[-1] == "0 errors, 1 warning: ready to train"
+
+
+def test_the_hubs_client_does_not_log_each_request():
+    """Its library has been renamed before."""
+    library = type(get_session()).__mro__[-2].__module__.split(".")[0]
+    assert library.startswith("httpx")
+    setup_logging()
+    assert not logging.getLogger(library).isEnabledFor(logging.INFO)
