@@ -116,6 +116,7 @@ class Known:
     dtype: torch.dtype = torch.float32
     train: CocoSplit | None = None
     val: CocoSplit | None = None
+    validates: bool = False  # also with a split that is wrong
     state: dict[str, Any] | None = None  # of the checkpoint to go on from
     download: int = 0  # bytes
 
@@ -148,6 +149,7 @@ def check(report: Report, config: Config, parts: Parts) -> int:
         found, known.train = check_split("train", training.train_data_path)
         report.add(*found)
         if val_path := training.val_data_path or sibling_val(training.train_data_path):
+            known.validates = True
             found, known.val = check_split("val", val_path, config.evaluation.max_val_images)
             report.add(*found)
     with report.part("output"):
@@ -162,7 +164,7 @@ def check(report: Report, config: Config, parts: Parts) -> int:
     with report.part("adapters"):
         checkpoint.adapt(known.model, lora_config(config), training.init_lora_weights)
         report.add(check_adapters(known.model))
-    train_set = _check_run(report, config, parts, known)
+    train_set = _check_run(report, config, parts, known) if known.train else None
     if count_parameters(known.model)[0]:  # the adapters are right
         cast_towers(known.model, known.dtype)
         _check_size(report, config, parts, known, train_set)
@@ -171,14 +173,12 @@ def check(report: Report, config: Config, parts: Parts) -> int:
 
 def _check_run(report: Report, config: Config, parts: Parts, known: Known) -> Any:
     """The checks of data and settings together; returns the data set that is trained on."""
-    if known.train is None:
-        return None
     with report.part("run"):
         train_set, _ = parts.datasets(config, known.model, (known.train, known.val))
-        check_stopping(config, known.val is not None)
+        check_stopping(config, known.validates)
         plan = parts.plan(config.training, len(train_set))
         report.add(_check_length(plan, known.state))
-        has = {"masks": train_set.has_masks(), "validation": known.val is not None}
+        has = {"masks": train_set.has_masks(), "validation": known.validates}
         for words in find_notices(config, known.train, plan, **has):
             report.add(Finding("warning", "run", words))
         return train_set

@@ -219,6 +219,13 @@ def test_everything_wrong_at_once_is_all_told(checked, tmp_path):
 
 
 @pytest.mark.scripts
+def test_a_validation_split_that_is_wrong_is_not_said_to_be_absent(checked, no_trace):
+    code, lines = checked("--val_data_path", "nowhere", "--early_stopping_patience", "2")
+    assert code == 2 and names(lines, "error") == ["val"]
+    assert not any("no validation split" in line for line in lines)
+
+
+@pytest.mark.scripts
 def test_settings_that_cannot_go_together_are_told_with_the_rest(checked, no_trace):
     flags = ("--cache_features", "ram", "--lora_apply_to_vision_encoder", "true")
     code, lines = checked(*flags)
