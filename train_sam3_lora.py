@@ -2,6 +2,7 @@
 
     python train_sam3_lora.py --config configs/base_config.yaml
     python train_sam3_lora.py --config configs/base_config.yaml --lora_rank 16
+    python train_sam3_lora.py --config configs/base_config.yaml --check
     python train_sam3_lora.py --config configs/base_config.yaml --resume
 
 Every flag is a key of --config's YAML file, and goes before it; all have a default. Ctrl-C and
@@ -38,10 +39,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lora_layers import AdapterError, apply_lora, count_parameters, lora_table
-from sam3_lora import checkpoint, engine, memory, processes, runlog
+from sam3_lora import checkpoint, engine, memory, preflight, processes, runlog
 from sam3_lora.coco import CocoSplit, DatasetError, read_splits
 from sam3_lora.config import (
     Config,
+    ConfigError,
     check_same_settings,
     check_stopping,
     check_trainable,
@@ -59,7 +61,7 @@ from sam3_lora.features import FeatureCache, FeatureError, cacheable_parts
 from sam3_lora.files import claim
 from sam3_lora.flags import FlagParser, add_config_flags
 from sam3_lora.forward import Forward
-from sam3_lora.loader import LoaderError, Plan, build_loader, epoch_batches, share_steps
+from sam3_lora.loader import LoaderError, Plan, build_loader, epoch_batches, rest_of_epoch
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import (
     ModelError,
@@ -72,7 +74,7 @@ from sam3_lora.model import (
     num_queries,
     train_adapted,
 )
-from sam3_lora.options import MOST_USED, OutputSection, find_idle
+from sam3_lora.options import MOST_USED, OutputSection, TrainingSection, find_notices
 from sam3_lora.overview import detections_panel
 
 log = logging.getLogger("train")
@@ -153,9 +155,6 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
     if training.cache_features != "off":
         folder = training.cache_dir if training.cache_features == "disk" else None
         cache = FeatureCache(forward, train_set, folder, training.cache_limit_gb)
-    per_step = training.batch_size * training.gradient_accumulation_steps * processes.count()
-    length = training.num_epochs, training.max_steps, training.warmup_steps
-    plan = Plan(len(train_set), per_step, *length)
     loss = partial(compute_losses, pos_weight=training.pos_weight, mask_loss=training.mask_loss)
     # What it says of an earlier run in the folder held once.
     once = replace(config.output, overwrite=False, resume=False)
@@ -170,10 +169,17 @@ def build_run(config: Config, splits: tuple[CocoSplit, CocoSplit | None]) -> Run
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         cache=cache,
         limits=engine.Limits(training.batch_size, config.hardware.max_rows_per_forward),
-        plan=plan,
+        plan=build_plan(training, len(train_set)),
         at=runlog.Progress(patience=training.early_stopping_patience),
         skips=engine.Skips(training.non_finite == "skip"),
     )
+
+
+def build_plan(training: TrainingSection, images: int) -> Plan:
+    """How many steps a run on so many images has."""
+    per_step = training.batch_size * training.gradient_accumulation_steps * processes.count()
+    length = training.num_epochs, training.max_steps, training.warmup_steps
+    return Plan(images, per_step, *length)
 
 
 def build_forward(
@@ -263,16 +269,9 @@ def describe_run(run: Run) -> None:
     log.info("%s, %s%s", items, run.plan, f", from {run.cache}" if run.cache else "")
     if run.forward.compiled:
         log.info("compiling: minutes at the first step, and at each new size of a batch")
-    if run.val_set is None:
-        log.warning("no validation split: the last adapter will be the best_model")
-    if not any(split.annotations.values()):
-        log.warning("the training split has no object: every prompt is trained as absent")
-    elif not run.forward.masks:
-        log.warning("the training split has no masks: training on boxes, without the mask loss")
-    for words in find_idle(run.config, run.plan.evaluations(run.config.training.eval_steps)):
-        log.warning("without effect: %s", words)
-    if run.plan.warmup_steps < run.config.training.warmup_steps:
-        log.warning("warmup_steps: %d, a tenth of this short run", run.plan.warmup_steps)
+    masks, validation = run.forward.masks, run.val_set is not None
+    for words in find_notices(run.config, split, run.plan, masks=masks, validation=validation):
+        log.warning("%s", words)
 
 
 def resume(run: Run) -> None:
@@ -284,10 +283,8 @@ def resume(run: Run) -> None:
     run.at.resume(state)
     run.plan.resume(state)
     run.skips.in_a_row, run.skips.total = state.get("skips", (0, 0))
-    finished = "; it stopped early: raise --early_stopping_patience" if run.at.stopped else ""
-    if run.at.step >= run.plan.total_steps:
-        finished = "; it is finished: raise --max_steps or --num_epochs"
-    log.info("resuming %s at step %d of %d%s", newest, run.at.step, run.plan.total_steps, finished)
+    total = run.plan.total_steps
+    log.info("resuming %s at step %d of %d%s", newest, run.at.step, total, run.at.ending(total))
 
 
 def evaluate_now(run: Run) -> None:
@@ -362,18 +359,12 @@ def save_now(run: Run) -> None:
         run.runlog.show(run.at.step)
 
 
-def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
+def step_records(run: Run) -> tuple[Iterator[dict[str, Any]], int]:
     """The rest of an epoch as `engine.train_one_epoch` takes it, and its number of steps."""
     training, hardware = run.config.training, run.config.hardware
-    done = run.at.step - epoch * run.plan.steps_per_epoch
-    count = min(run.plan.steps_per_epoch - done, run.plan.total_steps - run.at.step)
-    steps = epoch_batches(
-        len(run.train_set), run.plan.images_per_step, epoch, training.seed, shuffle=True
-    )[done : done + count]
-    which = processes.rank(), processes.count()
-    batches, sizes = share_steps(steps, training.batch_size, *which)
     pin = run.forward.device.type == "cuda"
-    loader = build_loader(run.train_set, batches, hardware.num_workers, pin=pin)
+    order = run.at.step, training.batch_size, training.seed
+    loader, sizes = rest_of_epoch(run.train_set, run.plan, *order, hardware.num_workers, pin)
     records = engine.train_one_epoch(
         run.forward,
         run.criterion,
@@ -390,12 +381,12 @@ def step_records(run: Run, epoch: int) -> tuple[Iterator[dict[str, Any]], int]:
         scaler=run.scaler,
         skips=run.skips,
     )
-    return records, count
+    return records, len(sizes)
 
 
 def train_epoch(run: Run, epoch: int) -> None:
     """One epoch from where the run stands: steps, log lines, evaluations and checkpoints."""
-    records, steps = step_records(run, epoch)
+    records, steps = step_records(run)
     to_training(run)
     label = f"epoch {epoch + 1}/{run.plan.epochs}"
     with tqdm(records, label, steps, disable=not processes.shows_progress()) as bar:
@@ -467,6 +458,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(None)
     config = config_from_args(args)
+    if config.output.check:
+        parts = preflight.Parts(build_datasets, build_plan, build_forward, memory_settings)
+        report = preflight.Report((ConfigError, OSError, *ERRORS), partial(print, flush=True))
+        return preflight.check(report, config, parts) if processes.is_main() else 0
     if config.output.dry_run:
         print(describe_dry_run(config))
         return 0

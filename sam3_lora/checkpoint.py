@@ -268,9 +268,9 @@ def _check_settings(found: LoRAConfig, wanted: LoRAConfig, path: Path) -> None:
 
 
 def check_base(content: dict[str, Any], model: nn.Module, path: Path) -> None:
-    """Raises AdapterError when an adapter was trained on another base model than this one."""
+    """Raises AdapterError when an adapter was trained on other weights than a model's, if any."""
     found = fingerprint(model)
-    if content["base_fingerprint"] != found:
+    if found and content["base_fingerprint"] != found:
         raise AdapterError(
             f"{path}: expected the base it was trained on, {content['base_model']} "
             f"({content['base_fingerprint']}), found a model with other weights ({found}); name "
@@ -396,7 +396,7 @@ def check_folder(folder: Path, resume: bool) -> None:
     # Nor a link to nothing, nor a device, which would be renamed.
     is_other = os.path.lexists(folder) and not folder.is_dir()
     found = "a file" if is_other else f"other files ({', '.join(sorted(files)[:3])})"
-    if is_other or (set(files) - {".gitkeep"} and not _is_run(folder)):
+    if is_other or (set(files) - {".gitkeep"} and not is_run(folder)):
         raise FileExistsError(
             f"output_dir: expected a new folder or an earlier run, found {found} at {folder}; name "
             "another with --output_dir"
@@ -407,7 +407,7 @@ def check_folder(folder: Path, resume: bool) -> None:
             "with --output_dir, or drop it to begin anew"
         )
     check_writable(folder, "--output_dir")
-    if _is_run(folder) and not resume:
+    if is_run(folder) and not resume:
         check_writable(folder.absolute().parent, "--output_dir")
 
 
@@ -450,7 +450,7 @@ def _figure(folder: Path) -> list[float]:
         return []
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether a folder holds a training run, which may be set aside, replaced or continued."""
     return (folder / "train.log").is_file()
 

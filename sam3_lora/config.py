@@ -45,7 +45,7 @@ _MAY_CHANGE = (
 )
 # Names that other trainers use and that look nothing like ours.
 SYNONYMS = {"lr": "learning_rate", "bs": "batch_size", "r": "rank", "wd": "weight_decay"}
-_CHATTY_LIBRARIES = ("httpx", "httpcore", "urllib3", "filelock", "matplotlib", "PIL")
+_CHATTY_LIBRARIES = ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "matplotlib", "PIL")
 
 
 class ConfigError(ValueError):

@@ -56,6 +56,11 @@ class Fault:
         return f"{self.message} ({where}); {self.remedy}"
 
 
+def _least_tokens(phrase: str) -> int:
+    """A lower bound of a prompt's length in CLIP's tokens: its words, digits, signs and 2 ends."""
+    return 2 + len(re.findall(r"[^\W\d_]+|\d|[^\w\s]+|_+", phrase))
+
+
 def find_faults(
     annotations_file: Path,
     images_dir: Path,
@@ -221,11 +226,6 @@ def _prompt_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterato
             remedy = f"the model reads {TOKEN_LIMIT}, start and end included: shorten it"
             where = file, f"category {_id_text(row)}"
             yield Fault("warning", "long prompt", message, *where, remedy)
-
-
-def _least_tokens(phrase: str) -> int:
-    """A lower bound of a prompt's length in CLIP's tokens: its words, digits, signs and 2 ends."""
-    return 2 + len(re.findall(r"[^\W\d_]+|\d|[^\w\s]+|_+", phrase))
 
 
 def _fatal(kind: str, message: str, file: Path, row_id: str | None, remedy: str) -> Fault:

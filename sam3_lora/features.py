@@ -57,12 +57,15 @@ Batch = dict[str, Any]
 View = tuple[int, int]  # index of the item, number of its placement
 
 
-def cacheable_parts(forward: Forward, boxes: bool = False) -> list[tuple[str, ...]]:
+def cacheable_parts(
+    forward: Forward, boxes: bool = False, device: str | None = None
+) -> list[tuple[str, ...]]:
     """What of a batch can be cached: the best choice first.
 
     Args:
         forward: which parts are frozen.
         boxes: prompts come with boxes, drawn anew each epoch: what reads prompts is not kept.
+        device: type of that which the model will be on; None: it is there already.
 
     Returns:
         Names of `forward.CACHED`; none where the vision encoder is trained.
@@ -76,8 +79,25 @@ def cacheable_parts(forward: Forward, boxes: bool = False) -> list[tuple[str, ..
     parts = ("memory", "geometry") if meta else ("memory",)
     if not forward.masks:
         return [parts]
-    levels = [(*parts, "fpn_0", "fpn_1")] if forward.device.type == "cpu" else []
+    levels = [(*parts, "fpn_0", "fpn_1")] if (device or forward.device.type) == "cpu" else []
     return [*levels, (*parts, "trunk")]
+
+
+def cache_bytes(forward: Any, dataset: Any, limit_gb: float, device: str) -> int:
+    """Size of the cache that a run would fill; the model needs no weights.
+
+    Args:
+        forward, dataset, limit_gb: as for `FeatureCache`.
+        device: as for `cacheable_parts`.
+
+    Raises:
+        FeatureError: as `FeatureCache`.
+    """
+    choices = cacheable_parts(forward, dataset.box_prompt_probability > 0, device)
+    pooled = "memory" in choices[0]
+    prompts = [len(dataset.pool(i)) if pooled else 0 for i in range(len(dataset))]
+    parts = _choose_parts(forward, choices, prompts, dataset.views, limit_gb)
+    return dataset.views * sum(_view_bytes(forward, parts, count) for count in prompts)
 
 
 class FeatureError(ValueError):
@@ -107,7 +127,8 @@ class FeatureCache:
         choices = cacheable_parts(forward, dataset.box_prompt_probability > 0)
         pooled = "memory" in choices[0]
         self.texts = [dataset.pool(i) if pooled else [] for i in range(count)]
-        self.parts = self._choose(choices, dataset.views, limit_gb)
+        prompts = [len(texts) for texts in self.texts]
+        self.parts = _choose_parts(forward, choices, prompts, dataset.views, limit_gb)
         forward.remember_texts([text for texts in self.texts for text in texts])
         self.keys = self._make_keys(dataset)
 
@@ -138,21 +159,6 @@ class FeatureCache:
     def bytes(self) -> int:
         """Size of the whole cache."""
         return sum(self._view_bytes(index) for index, _ in self.keys)
-
-    def _choose(
-        self, choices: list[tuple[str, ...]], views: int, limit_gb: float
-    ) -> tuple[str, ...]:
-        """The first choice of parts whose size is within the limit."""
-        for parts in choices:
-            self.parts = parts  # whose bytes are counted
-            size = views * sum(map(self._view_bytes, range(len(self.texts)))) / 1e9
-            if size <= limit_gb:
-                return parts
-        raise FeatureError(
-            f"training.cache_limit_gb: expected at most {limit_gb:g} GB, found at least {size:.3g} "
-            "GB of features; lower --cache_views or the prompts (--prompt_pool, else "
-            "--prompts_per_image), or raise it"
-        )
 
     def missing(self) -> list[View]:
         """The views that are not in the cache, each key once; of several processes that fill one
@@ -290,18 +296,42 @@ class FeatureCache:
 
     def _view_bytes(self, index: int) -> int:
         """Bytes of the features of one view of an item."""
-        model, (height, width) = self.forward.model, self.forward.grid
-        norm = model.vision_encoder.backbone.layer_norm.weight
-        channels = model.detr_decoder.query_embed.embedding_dim
-        token = channels * norm.element_size()
-        sizes = {
-            "trunk": height * width * norm.numel() * norm.element_size(),
-            "fpn_0": 16 * height * width * token,
-            "fpn_1": 4 * height * width * token,
-            "memory": len(self.texts[index]) * height * width * token,
-            "geometry": channels * 4,  # fp32
-        }
-        return sum(sizes[name] for name in self.parts)
+        return _view_bytes(self.forward, self.parts, len(self.texts[index]))
+
+
+def _choose_parts(
+    forward: Forward,
+    choices: list[tuple[str, ...]],
+    prompts: list[int],
+    views: int,
+    limit_gb: float,
+) -> tuple[str, ...]:
+    """The first choice of parts whose size, for so many prompts of each item, is in the limit."""
+    for parts in choices:
+        size = views * sum(_view_bytes(forward, parts, count) for count in prompts) / 1e9
+        if size <= limit_gb:
+            return parts
+    raise FeatureError(
+        f"training.cache_limit_gb: expected at most {limit_gb:g} GB, found at least {size:.3g} "
+        "GB of features; lower --cache_views or the prompts (--prompt_pool, else "
+        "--prompts_per_image), or raise it"
+    )
+
+
+def _view_bytes(forward: Forward, parts: tuple[str, ...], prompts: int) -> int:
+    """Bytes of the features of one view of an item with so many prompts."""
+    model, (height, width) = forward.model, forward.grid
+    norm = model.vision_encoder.backbone.layer_norm.weight
+    channels = model.detr_decoder.query_embed.embedding_dim
+    token = channels * norm.element_size()
+    sizes = {
+        "trunk": height * width * norm.numel() * norm.element_size(),
+        "fpn_0": 16 * height * width * token,
+        "fpn_1": 4 * height * width * token,
+        "memory": prompts * height * width * token,
+        "geometry": channels * 4,  # fp32
+    }
+    return sum(sizes[name] for name in parts)
 
 
 def _model_digest(forward: Forward, parts: tuple[str, ...]) -> str:

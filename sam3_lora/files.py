@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,16 @@ def claim(run_dir: Path, replace: bool, resume: bool) -> Path | None:
     return moved
 
 
+def check_free(run_dir: Path) -> None:
+    """Raises BlockingIOError where a run writes to a folder now; takes nothing."""
+    if fcntl is None or not (run_dir / LOCK_FILE).exists():
+        return
+    try:
+        _lock(run_dir)
+    finally:
+        _held.pop().close()
+
+
 def _release(keep: int) -> None:
     """Lets go of all locks but the last so many."""
     while len(_held) > keep:
@@ -195,15 +205,28 @@ def check_writable(folder: Path, flag: str) -> None:
     Raises:
         PermissionError: they cannot.
     """
-    place = folder.absolute()
-    # A link to nothing is in the way of a folder.
-    while not os.path.lexists(place):
-        place = place.parent
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=nearest(folder)):
             pass
     except OSError as error:
         raise PermissionError(
             f"{flag}: expected a folder that can be written, found {folder} ({error.strerror}); "
             "name another place"
         ) from error
+
+
+def nearest(folder: Path) -> Path:
+    """A folder, or where it is not there yet the nearest one above it."""
+    place = folder.absolute()
+    # A link to nothing is in the way of a folder.
+    while not os.path.lexists(place):
+        place = place.parent
+    return place
+
+
+def by_disk(folders: Iterable[Path]) -> list[tuple[list[Path], int]]:
+    """Folders, there or not, by the file system they are on, each with its free bytes."""
+    disks: dict[int, list[Path]] = {}
+    for folder in folders:
+        disks.setdefault(nearest(folder).stat().st_dev, []).append(folder)
+    return [(some, shutil.disk_usage(nearest(some[0])).free) for some in disks.values()]

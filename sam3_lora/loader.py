@@ -364,3 +364,32 @@ def build_loader(
         generator=torch.Generator().manual_seed(0),
     )
     return Batches(loader, pin)
+
+
+def rest_of_epoch(
+    dataset: PromptDataset,
+    plan: Plan,
+    step: int,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    pin: bool = False,
+) -> tuple[Batches, list[int]]:
+    """What this process trains on until the epoch, or the run, ends.
+
+    Args:
+        dataset, num_workers, pin: as for `build_loader`.
+        plan: of the run.
+        step: optimizer steps done.
+        batch_size: most images of a micro-batch.
+        seed: of the order.
+
+    Returns:
+        (micro-batches, how many of them each of the steps has).
+    """
+    epoch, done = divmod(step, plan.steps_per_epoch)
+    count = min(plan.steps_per_epoch - done, plan.total_steps - step)
+    steps = epoch_batches(len(dataset), plan.images_per_step, epoch, seed, shuffle=True)
+    which = processes.rank(), processes.count()
+    batches, sizes = share_steps(steps[done : done + count], batch_size, *which)
+    return build_loader(dataset, batches, num_workers, pin=pin), sizes

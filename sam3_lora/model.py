@@ -115,7 +115,7 @@ def _load_weights(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
             )
     # All there are: a damaged file raises what its reader trips over; the cause shows by --debug.
     except Exception as error:
-        raise ModelError(_access_hint(name, error)) from error
+        raise ModelError(access_hint(name, error)) from error
     problems = {k: report[k] for k in ("missing_keys", "mismatched_keys") if report[k]}
     if problems:
         found = "; ".join(f"{len(v)} {k} (first: {sorted(v)[0]})" for k, v in problems.items())
@@ -174,12 +174,13 @@ def build_tracker(
     return model, Sam3VideoProcessor(*parts)
 
 
-def load_meta_model(name: str) -> tuple[Sam3Model, bool]:
+def load_meta_model(name: str, local: bool = False) -> tuple[Sam3Model, bool]:
     """SAM 3's structure without weights, on the meta device, from its config.json alone.
 
     Args:
         name: as for `load_model`. Where the hub does not give facebook/sam3, the library's default
             configuration, which describes the same model, stands in.
+        local: take a hub id's configuration from the hub's cache alone: nothing is downloaded.
 
     Returns:
         (model, whether the default stands in); frozen and in eval mode.
@@ -188,7 +189,7 @@ def load_meta_model(name: str) -> tuple[Sam3Model, bool]:
         ModelError: as for `load_model`, but for what only weights or tokenizer can show.
     """
     try:
-        config, stands_in = _read_config(name), False
+        config, stands_in = _read_config(name, local), False
     except ModelError:
         if name != PUBLISHED:
             raise
@@ -196,15 +197,16 @@ def load_meta_model(name: str) -> tuple[Sam3Model, bool]:
     return _build_meta(config).requires_grad_(False).eval(), stands_in
 
 
-def _read_config(name: str) -> PretrainedConfig:
+def _read_config(name: str, local: bool = False) -> PretrainedConfig:
     """The configuration of a hub id or folder, of the detector or of the video model."""
-    _refuse_other_formats(name)
+    refuse_other_formats(name)
     try:
         with _quiet_library():
             # Code of a folder is never run, nor asked about.
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            options = {"trust_remote_code": False, "local_files_only": local}
+            config = AutoConfig.from_pretrained(name, **options)
     except Exception as error:  # as in `load_model`
-        raise ModelError(_access_hint(name, error)) from error
+        raise ModelError(access_hint(name, error)) from error
     if config.model_type not in ("sam3", "sam3_video"):
         raise ModelError(
             f"model.name: expected a SAM 3 model, found model_type {config.model_type!r} in "
@@ -217,7 +219,7 @@ def _read_config(name: str) -> PretrainedConfig:
             {"parameters": sum(t.numel() for t in chain(model.parameters(), model.buffers()))}
         )
     except Exception as error:  # what sizes of any kind trip over
-        raise ModelError(_access_hint(name, error)) from error
+        raise ModelError(access_hint(name, error)) from error
     return config
 
 
@@ -255,7 +257,9 @@ def mark_merged(config: PretrainedConfig, adapter: str) -> None:
 
 def fingerprint(model: nn.Module) -> str:
     """A short name for a base model's weights: 16 hex digits of a SHA-256 over two of them and, of
-    a merged model, what was merged."""
+    a merged model, what was merged. Empty for a model without weights."""
+    if model.get_parameter(FINGERPRINT_WEIGHTS[0]).is_meta:
+        return ""
     digest = hashlib.sha256()
     for name in FINGERPRINT_WEIGHTS:
         digest.update(model.get_parameter(name).detach().float().cpu().numpy().tobytes())
@@ -275,7 +279,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers' reader raises no narrower one
-        raise ModelError(_access_hint(name, error)) from error
+        raise ModelError(access_hint(name, error)) from error
     if tokenizer("a")["input_ids"] == tokenizer("b")["input_ids"]:
         # Without its files the library makes a tokenizer that knows no word.
         raise ModelError(f"{name}: expected a tokenizer, found no tokenizer.json; get a full copy")
@@ -316,7 +320,7 @@ def _tell_unread(tokenizer: Any, text: str) -> None:
         log.warning(told, text[:MAX_SHOWN])
 
 
-def _refuse_other_formats(name: str) -> None:
+def refuse_other_formats(name: str) -> None:
     """Names what a path is when it is something we know and cannot load."""
     path = Path(name)
     if "sam3.1" in path.name.lower():
@@ -349,7 +353,7 @@ def _refuse_outside(index: Path) -> None:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         outside = sorted(file for file in files if Path(file).name != file)
     except Exception as error:  # any JSON may be in it
-        raise ModelError(_access_hint(str(index.parent), error)) from error
+        raise ModelError(access_hint(str(index.parent), error)) from error
     if outside:
         raise ModelError(
             f"model.name: {index}: expected names of files in its folder, found {outside[0]!r}; "
@@ -357,7 +361,7 @@ def _refuse_outside(index: Path) -> None:
         )
 
 
-def _access_hint(name: str, error: Exception) -> str:
+def access_hint(name: str, error: Exception) -> str:
     """One line for a model that could not be read, with both ways to get it."""
     first = re.split(r"[.!](?=\s)", " ".join(str(error).split()))[0]  # the others are advice
     reason = textwrap.shorten(first, MAX_REASON, placeholder=" ...").rstrip(".")

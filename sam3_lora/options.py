@@ -22,6 +22,8 @@ MOST_USED = ("train_data_path", "val_data_path", "output_dir", "model_name", "nu
 MOST_USED += ("batch_size", "learning_rate", "lora_rank", "device", "dry_run", "resume")
 MOST_USED += ("overwrite",)
 _NON_FINITE = ("stop", "skip")
+# A training split of fewer images, or a higher learning rate, is worth a word.
+FEW_IMAGES, HIGH_LEARNING_RATE = 100, 1e-2
 _PRECISIONS = ("auto", "bf16", "fp16", "no")
 
 
@@ -106,6 +108,7 @@ class TrainingSection:
 class OutputSection:
     output_dir: Path = _key(Path("outputs/sam3_lora"), "folder of the run")
     logging_steps: int = _key(10, "steps between two lines of the log", low=1)
+    check: bool = _key(False, "look at all that a run needs, say what is missing, then stop")
     dry_run: bool = _key(False, "say what would be trained and the memory it takes, then stop")
     overwrite: bool = _key(False, "replace an earlier run in output_dir")
     resume: bool = _key(False, "continue the run in output_dir from its last checkpoint")
@@ -178,8 +181,9 @@ def find_clashes(config: Config) -> list[str]:
     components = [flag for flag in KEYS if flag.startswith("lora_apply_to_")]
     if not any(getattr(config.lora, KEYS[flag].name) for flag in components):
         problems.append(f"no component is adapted: set one of {', '.join(components)} to true")
-    if output.overwrite and output.resume:
-        problems.append("output.overwrite and output.resume are both on: choose one")
+    for one, two in (("overwrite", "resume"), ("check", "dry_run")):
+        if getattr(output, one) and getattr(output, two):
+            problems.append(f"output.{one} and output.{two} are both on: choose one")
     place = Path(os.path.abspath(output.output_dir))
     for name in ("train_data_path", "val_data_path"):
         data = getattr(config.training, name)
@@ -195,6 +199,44 @@ def find_clashes(config: Config) -> list[str]:
 def _holds_cwd(folder: Path) -> bool:
     """Whether the working directory is a folder or in it."""
     return Path.cwd().is_relative_to(os.path.abspath(folder))
+
+
+def find_notices(
+    config: Config, train: Any, plan: Any, *, masks: bool, validation: bool
+) -> list[str]:
+    """What the data does not allow, or makes of the options; for warnings.
+
+    Args:
+        config: the resolved configuration.
+        train: the training split, a `coco.CocoSplit`.
+        plan: the run's length, a `loader.Plan`.
+        masks: whether training compares masks.
+        validation: whether there is a validation split.
+    """
+    training, count, words = config.training, len(train.images), []
+    if not validation:
+        words.append("no validation split: the last adapter will be the best_model")
+    if not any(train.annotations.values()):
+        words.append("the training split has no object: every prompt is trained as absent")
+    elif not masks:
+        words.append("the training split has no masks: training on boxes, without the mask loss")
+    if count < FEW_IMAGES:
+        words.append(
+            f"{count} images to train on: with under {FEW_IMAGES}, watch the validation figures, "
+            "which may fall while the loss falls too; more photos help most"
+        )
+    if training.batch_size > plan.images:
+        words.append(f"batch_size {training.batch_size}: the training split fills {plan.images}")
+    if training.learning_rate > HIGH_LEARNING_RATE:
+        words.append(
+            f"learning_rate {training.learning_rate:g}: SAM 3 takes {KEYS['learning_rate'].default}"
+            "; much more, and the loss may not fall or be NaN"
+        )
+    idle = find_idle(config, plan.evaluations(training.eval_steps))
+    words += [f"without effect: {item}" for item in idle]
+    if plan.warmup_steps < training.warmup_steps:
+        words.append(f"warmup_steps: {plan.warmup_steps}, a tenth of this short run")
+    return words
 
 
 def find_idle(config: Config, evaluations: int) -> list[str]:

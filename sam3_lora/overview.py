@@ -4,22 +4,29 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sam3_lora.coco import CocoSplit, DatasetError, decode_mask
+from sam3_lora.coco import CocoSplit, DatasetError, check_images, decode_mask, read_coco
 from sam3_lora.drawing import SHEET_CELL, draw_overlay, draw_panel, draw_sheet, to_cell
-from sam3_lora.faults import Fault
+from sam3_lora.faults import Fault, load_json, record_faults, set_faults
 from sam3_lora.images import read_image
+from sam3_lora.layout import find_split
+from sam3_lora.packages import Finding
 
 logger = logging.getLogger(__name__)
 
 FAULTS_LISTED = 5  # of each kind
 EXAMPLES, MAX_EXAMPLES = 12, 24  # pictures on a sheet; the more where the categories need them
 PANEL_IMAGES = 4
+# Images of a split whose files are opened before a run; of others it is seen that they are there.
+MOST_OPENED = 2000
+MOST_NAMED = 6  # prompts that are listed
+HARMLESS = ("empty images",)  # kinds of faults that are no reason to change anything
 EMPTY_LISTED = 10  # categories without an object; of more, the summary gives the number
 
 
@@ -111,6 +118,80 @@ def choose_examples(kinds: Sequence[set]) -> list[int]:
         unseen -= kinds[best]
     rest = [position for position in order if position not in chosen]
     return chosen + rest[: max(0, EXAMPLES - len(chosen))]
+
+
+def check_split(
+    name: str, path: Path, most: int | None = None
+) -> tuple[list[Finding], CocoSplit | None]:
+    """Reads a split and sees that its images are there; opens a part of many.
+
+    Args:
+        name: of the check: `train` or `val`.
+        path: as for `coco.read_split`.
+        most: the first images that are used; None: all.
+
+    Returns:
+        (findings, the split, or None where training could not read it).
+    """
+    try:
+        file, folder = find_split(path)
+        payload = load_json(file)
+        faults = [*record_faults(payload, file), *set_faults(payload, file)]
+        if fatal := [fault for fault in faults if fault.fatal]:
+            more = f" ({len(fatal) - 1} more: prepare_data.py validate lists them)"
+            raise DatasetError(f"{fatal[0]}{more if len(fatal) > 1 else ''}")
+        split = read_coco(file, folder, payload, checked=True)
+        split = replace(split, images=split.images[:most])
+        _check_images(split)
+    except (DatasetError, OSError) as error:
+        return [Finding("error", name, str(error))], None
+    kinds: dict[str, list[Fault]] = {}
+    for fault in faults:
+        if fault.kind not in HARMLESS:
+            kinds.setdefault(fault.kind, []).append(fault)
+    found = [Finding("ok", name, f"{path}: {_outline(split)}")]
+    for kind, group in kinds.items():
+        more = ""
+        if len(group) > 1:
+            command = f"prepare_data.py validate --data_dir {path.parent} --split {path.name}"
+            more = f"; the other {len(group) - 1}: python {command}"
+        found.append(Finding("warning", name, f"{kind}: {group[0]}{more}"))
+    return found, split
+
+
+def _check_images(split: CocoSplit) -> None:
+    """Raises DatasetError where an image is absent, or one of those opened is not as annotated."""
+    absent = [path for path in map(split.image_path, split.images) if not path.is_file()]
+    if absent:
+        raise DatasetError(
+            f"{split.annotations_file}: expected {len(split.images)} images, found "
+            f"{len(split.images) - len(absent)}; the first that is not there is {absent[0]}: put "
+            "them there, or remove their rows"
+        )
+    every = -(-len(split.images) // MOST_OPENED)
+    check_images(replace(split, images=split.images[:: max(every, 1)]))
+
+
+def _outline(split: CocoSplit) -> str:
+    """What is in a split, on one line."""
+    # Of a validation split the first images alone may be used.
+    used = {image["id"]: split.annotations[image["id"]] for image in split.images}
+    totals, _ = _count(replace(split, annotations=used))
+    masks, count = totals["masks"], totals["objects"]
+    kind = {count: "all with masks", 0: "boxes only"}.get(masks, f"{masks:,} with masks")
+    phrases = [f'"{split.phrase(key)}"' for key in split.categories]
+    more = f" and {len(phrases) - MOST_NAMED} more" if len(phrases) > MOST_NAMED else ""
+    empty = totals["empty_images"]
+    without = f" ({empty:,} without an object)" if empty else ""
+    return (
+        f"{plural(totals['images'], 'image')}{without}, {plural(count, 'object')} ({kind}), "
+        f"{plural(len(phrases), 'prompt')}: {', '.join(phrases[:MOST_NAMED])}{more}"
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    """Returns a count with its noun."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def preview(split: CocoSplit) -> np.ndarray:

@@ -86,6 +86,12 @@ class Progress:
         figure = self.figure if self.evaluated == self.step else None
         return {"figure": figure, **{name: getattr(self, name) for name in RESUMED}}
 
+    def ending(self, total_steps: int) -> str:
+        """What to do about a run that has nothing left to train, for a message; else nothing."""
+        if self.step >= total_steps:
+            return "; it is finished: raise --max_steps or --num_epochs"
+        return "; it stopped early: raise --early_stopping_patience" if self.stopped else ""
+
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's state; one of an earlier version lacks some of it."""
         self.step, self.figure = state["step"], state["figure"]
@@ -154,6 +160,21 @@ def memory_use(device: torch.device) -> tuple[float, float] | None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB on Linux
     return peak / 1e9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def available_ram() -> int | None:
+    """Bytes of RAM that a new process can have, None where the system does not tell."""
+    found = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line]
+    # What a container may have.
+    with suppress(OSError, ValueError):
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    if not found and hasattr(os, "sysconf"):
+        with suppress(OSError, ValueError):  # a Mac: all there is
+            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(found, default=None)
 
 
 def mean_record(records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:

@@ -1,29 +1,36 @@
 """What every script imports first: what goes wrong while its packages load ends in one line.
 
-A Python that is too old, a package that is not installed, Ctrl-C in the seconds that torch takes.
+A Python that is too old, packages that are not installed or do not fit, Ctrl-C in the seconds that
+torch takes.
 """
 
 import sys
 from types import TracebackType
 
-OLDEST = (3, 11)
+from sam3_lora.packages import MIN_PYTHON, check_packages
+
+MISMATCH = "torchvision::"  # in what torch raises where torchvision was built for another torch
 
 
 def tell(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:  # of `sys.excepthook`
     """Writes one line about what a user can cause, and exits; a bug keeps its traceback."""
-    known = issubclass(kind, KeyboardInterrupt | ModuleNotFoundError)
+    known = isinstance(error, KeyboardInterrupt | ImportError) or MISMATCH in str(error)
     if not known or "--debug" in sys.argv:
         sys.__excepthook__(kind, error, trace)
-    if isinstance(error, ModuleNotFoundError):
+    elif isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130)
+    elif isinstance(error, ModuleNotFoundError):
         refuse(
             f"expected the package {error.name}, found none in {sys.executable}; activate the "
             "environment that has it, or run `pip install -r requirements.txt`"
         )
-    if known:
-        sys.stderr.write("interrupted\n")
-        raise SystemExit(130)
+    elif (packages := check_packages()).state == "ok":
+        sys.__excepthook__(kind, error, trace)
+    else:
+        refuse(f"{packages.found} in {sys.executable}; {packages.remedy}")
 
 
 def refuse(message: str) -> None:
@@ -32,9 +39,9 @@ def refuse(message: str) -> None:
     raise SystemExit(2)
 
 
-if sys.version_info < OLDEST:
+if sys.version_info < MIN_PYTHON:
     refuse(
         "expected Python {}.{} or newer, found {}.{} in {}; start the script with a newer "
-        "one".format(*OLDEST, *sys.version_info[:2], sys.executable)
+        "one".format(*MIN_PYTHON, *sys.version_info[:2], sys.executable)
     )
 sys.excepthook = tell

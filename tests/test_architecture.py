@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 41
+MAX_PACKAGE_FILES = 43
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
 
 # Which of our modules each module may import; one that is not named may import none.
 MAY_IMPORT = {
+    "startup": {"packages"},
     "flags": {"config", "options", "processes"},
     "model": {"lora_layers", "processes"},
     "checkpoint": {"files", "lora_layers", "model"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "faults": {"geometry", "images", "processes"},
     "images": {"geometry"},
     "repair": {"coco", "faults", "geometry", "images"},
-    "overview": {"coco", "drawing", "faults", "images"},
+    "overview": {"coco", "drawing", "faults", "images", "layout", "packages"},
     "formats": {"coco", "faults", "images", "shapes"},
     "shapes": {"coco", "faults", "geometry", "images"},
     "mask_images": {"coco", "shapes", "images"},
@@ -45,6 +46,8 @@ MAY_IMPORT = {
     "engine": {"processes"},
     "features": {"dataset", "files", "forward", "loader", "processes"},
     "memory": {"forward", "lora_layers", "losses", "model"},
+    "preflight": {"checkpoint", "coco", "config", "features", "files", "forward"}
+    | {"lora_layers", "memory", "model", "options", "overview", "packages", "runlog"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
     | {"images", "metrics", "model", "tiles"},
     "prompts": {"config", "forward", "geometry", "images", "prediction", "tiles"},

@@ -38,7 +38,18 @@ def test_a_bug_and_debug_keep_the_traceback(tmp_path: Path) -> None:
     code, err = start(tmp_path, "1 / 0", "prepare_data.py")
     assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
     code, err = start(tmp_path, MISSING, "prepare_data.py", "--debug")
-    assert code == 2 and "Traceback" in err and "\nerror: expected the package torch" in err
+    assert code == 1 and "Traceback" in err and "ModuleNotFoundError" in err
+
+
+@pytest.mark.scripts
+def test_packages_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch-1.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n"
+    (tmp_path / "torch-1.0.dist-info" / "METADATA").write_text(metadata, encoding="utf-8")
+    for raised in ("ImportError('no Tensor in torch')", "RuntimeError('torchvision::nms is not')"):
+        code, err = start(tmp_path, f"raise {raised}", "prepare_data.py")
+        assert code == 2 and err.count("\n") == 1 and "torch>=2.11 (found 1.0)" in err
+        assert "pip install -r requirements.txt" in err
 
 
 @pytest.mark.scripts
