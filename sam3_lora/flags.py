@@ -16,6 +16,11 @@ from sam3_lora.config import SYNONYMS, as_text, nearest, one_line, shorten
 from sam3_lora.options import KEYS, SECTIONS
 
 _METAVARS = {int: "INT", float: "FLOAT", bool: "true|false", Path: "PATH", tuple: "NAME"}
+# argparse's words for what is missing, and those of all our errors.
+_MISSING = {
+    r"^one of the arguments (.+) is required$": r"expected one of \1, found none",
+    r"^the following arguments are required: (.+)$": r"expected \1, found none",
+}
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -104,6 +109,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints `message` on one line, of several processes once, and exits with code 2."""
+        for theirs, ours in _MISSING.items():
+            message = re.sub(theirs, ours, message)
         text = f"error: {one_line(message)} (see {self.prog} --help)\n"
         self.exit(2, text if processes.is_main() else None)
 

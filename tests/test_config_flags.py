@@ -139,6 +139,21 @@ def test_other_errors_of_the_parser_are_one_line(capsys: pytest.CaptureFixture[s
     assert "unrecognized arguments: word" in parser_refusal(["word"], capsys)
 
 
+def test_what_is_missing_is_told_as_all_errors_are(capsys: pytest.CaptureFixture[str]) -> None:
+    made = FlagParser("A script.")
+    made.add_argument("--source", required=True)
+    either = made.add_mutually_exclusive_group(required=True)
+    either.add_argument("--image")
+    either.add_argument("--video")
+    for words, told in (
+        (["--image", "a"], "error: expected --source, found none (see "),
+        (["--source", "a"], "error: expected one of --image --video, found none (see "),
+    ):
+        with pytest.raises(SystemExit):
+            made.parse_args(words)
+        assert capsys.readouterr().err.startswith(told)
+
+
 def test_values_with_spaces_and_dashes_are_values() -> None:
     made = FlagParser("A script.")
     made.add_argument("--text_prompt")

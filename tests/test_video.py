@@ -328,7 +328,7 @@ def bad_video(kind: str, folder: Path) -> Path:
     [
         ("gone", [], "--video: expected a folder of frames or a video, found no .*gone"),
         ("notes.txt", [], "--video: expected a"),
-        ("empty", [], r"--video: expected images \(.bmp, .*\) in .*empty, found none"),
+        ("empty", [], r"--video: expected images \(.bmp, .*\) directly in .*empty, found none"),
         ("unreadable", [], "expected an image that PIL reads, found .*frame2.png"),
         ("both", ["--image", "x.png"], "--image: not allowed with argument --video"),
         ("every", ["--every", "0"], "--every: expected a whole number from 1 up, found '0'"),
@@ -361,4 +361,4 @@ def test_flags_of_a_video_need_one(run, tmp_path):
         code, _, err = run(*words, *flags)
         assert code == 2 and ": expected --video, found --image" in err
     code, _, err = run("--text_prompt", "x")
-    assert code == 2 and "one of the arguments --image --video is required" in err
+    assert code == 2 and "expected one of --image --video, found none" in err
