@@ -19,7 +19,7 @@ _METRICS = ("ap", "ap50", "cgf1", "iou", "loss")
 _DEVICES = r"auto|cpu|mps|cuda(:[0-9]{1,3})?"
 # Flags that the training script's help shows first.
 MOST_USED = ("train_data_path", "val_data_path", "output_dir", "model_name", "num_epochs")
-MOST_USED += ("batch_size", "learning_rate", "lora_rank", "device", "dry_run", "resume")
+MOST_USED += ("batch_size", "learning_rate", "lora_rank", "device", "check", "dry_run", "resume")
 MOST_USED += ("overwrite",)
 _NON_FINITE = ("stop", "skip")
 # A training split of fewer images, or a higher learning rate, is worth a word.
