@@ -34,13 +34,13 @@ import sam3_lora.startup  # noqa: F401  # isort: skip
 
 from sam3_lora.coco import CocoSplit, DatasetError, read_coco, read_split, write_splits
 from sam3_lora.config import ConfigError, setup_logging, user_errors
-from sam3_lora.faults import check_prompts, find_faults, parse_json
+from sam3_lora.faults import check_prompts, find_faults
 from sam3_lora.files import write_picture
 from sam3_lora.flags import FlagParser
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 from sam3_lora.geometry import shown
 from sam3_lora.images import UNSAFE
-from sam3_lora.layout import find_split, split_dir
+from sam3_lora.layout import find_split, parse_json, split_dir
 from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.overview import divide_names, fault_report, json_report, preview, summary
 from sam3_lora.repair import mend_split

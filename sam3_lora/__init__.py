@@ -9,7 +9,7 @@ flags       the command line: parser, help, one-line errors, a flag for each opt
 model       loads SAM 3; device, precision, train and eval modes
 forward     our forward over SAM 3's sub-modules: every layer, masks on demand
 coco        reads, checks and writes COCO; polygons and RLE to and from masks
-layout      where a split's files are, and which format another folder is
+layout      where a split's files are, its JSON, and which format another folder is
 faults      what can be wrong with a COCO file and its images
 images      image files: size, pixels, which are refused
 geometry    polygons, RLE and boxes as numbers: what is unusable, where they lie

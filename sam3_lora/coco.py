@@ -28,14 +28,13 @@ from sam3_lora.faults import (
     find_position,
     id_key,
     kept_categories,
-    load_json,
     phrase_of,
     positions_by_id,
     record_faults,
 )
 from sam3_lora.geometry import mask_problem, segmentation_of
 from sam3_lora.images import DatasetError
-from sam3_lora.layout import contents, find_split, sibling_val, split_dir
+from sam3_lora.layout import contents, find_split, load_json, sibling_val, split_dir
 
 logger = logging.getLogger(__name__)
 

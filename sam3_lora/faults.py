@@ -6,7 +6,6 @@ lists them all. The readers of single fields live here too, so that what is chec
 
 import difflib
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from sam3_lora.geometry import (
     shown,
 )
 from sam3_lora.images import IMAGE_ERRORS, IMAGE_SUFFIXES, UNSAFE, DatasetError, image_size
+from sam3_lora.layout import load_json
 
 QUERY_LIMIT = 200  # objects that the model finds of one prompt in an image
 TOKEN_LIMIT = 32  # of a prompt, its start and end included; Meta's text encoder cuts the rest
@@ -398,50 +398,6 @@ def _id_text(row: dict) -> str:
     """A row's id as a message names it."""
     key = id_key(row.get("id"))
     return key if isinstance(key, str) else shown(row.get("id"))
-
-
-def load_json(file: Path) -> dict[str, Any]:
-    """Returns a COCO file's content, of which only the outline is checked.
-
-    Raises:
-        DatasetError: No such file, broken JSON, or not lists of images, annotations, categories.
-    """
-    try:
-        if file.exists() and not file.is_file():  # a pipe or a device may have no end
-            raise OSError(0, "a folder or a device")
-        payload = parse_json(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        found = f"expected a COCO file at {file}, found {error.strerror}"
-        raise DatasetError(f"{found}; check the path") from error
-    except ValueError as error:
-        message = f"expected JSON in {file}, found {error}; export the annotations again"
-        raise DatasetError(message) from error
-    for key in ("images", "annotations", "categories"):
-        rows = payload.get(key) if isinstance(payload, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            found = sorted(payload)[:8] if isinstance(payload, dict) else type(payload).__name__
-            raise DatasetError(
-                f'expected a list of objects under "{key}" in {file}, found {found}; '
-                "export the annotations as COCO (object detection or instances)"
-            )
-    return payload
-
-
-def parse_json(text: str) -> Any:
-    """Returns the value of a JSON text; ValueError for a broken one, one nested too deep, or a key
-    twice, of which Python would read the last."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key {shown(twice)} twice in one object")
-        return table
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError as error:
-        raise ValueError("values nested too deep") from error
 
 
 def id_key(raw: Any) -> int | str | None:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from sam3_lora.coco import CocoSplit, DatasetError, check_images, decode_mask, read_coco
 from sam3_lora.drawing import SHEET_CELL, draw_overlay, draw_panel, draw_sheet, to_cell
-from sam3_lora.faults import Fault, load_json, record_faults, set_faults
+from sam3_lora.faults import Fault, record_faults, set_faults
 from sam3_lora.images import read_image
-from sam3_lora.layout import find_split
+from sam3_lora.layout import find_split, load_json
 from sam3_lora.packages import Finding
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from sam3_lora.faults import (
     find_position,
     id_key,
     kept_categories,
-    load_json,
     positions_by_id,
 )
 from sam3_lora.geometry import (
@@ -29,6 +28,7 @@ from sam3_lora.geometry import (
     segmentation_of,
 )
 from sam3_lora.images import image_size
+from sam3_lora.layout import load_json
 
 UNUSABLE = ("missing image", "unreadable image", "link outside")  # kinds of faults
 

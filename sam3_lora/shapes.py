@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from sam3_lora.coco import CocoSplit, decode_mask, encode_mask, mask_area
-from sam3_lora.faults import clean_name, parse_json
+from sam3_lora.faults import clean_name
 from sam3_lora.geometry import COORDINATE_LIMIT, POINT_LIMIT, is_flat
 from sam3_lora.images import (
     IMAGE_ERRORS,
@@ -32,6 +32,7 @@ from sam3_lora.images import (
     image_size,
     refuse_bomb,
 )
+from sam3_lora.layout import parse_json
 
 logger = logging.getLogger(__name__)
 
