@@ -425,7 +425,7 @@ def validate(args: argparse.Namespace) -> int:
         if split is None:
             reason = "its annotations cannot be read: mend the errors above first"
             raise DatasetError(f"expected a split to draw in {annotations_file}, {reason}")
-        write_picture(args.preview, preview(split))
+        write_picture(args.preview, preview(split, faults))
         logger.info("preview: %s", args.preview)
     return 2 if any(fault.level == "error" for fault in faults) else 0
 

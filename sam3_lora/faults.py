@@ -40,7 +40,8 @@ NAME_BYTES = 255  # of a file or folder; more cannot be on a disk
 class Fault:
     """One thing wrong with a split: an "error", or a "warning" that training survives.
 
-    `kind` groups faults alike; `id` is such as "annotation 7"; `fatal` ones stop `read_coco`.
+    `kind` groups faults alike; `id` is such as "annotation 7", `image` the file name of its photo
+    where `file` is not the photo itself; `fatal` ones stop `read_coco`.
     """
 
     level: str
@@ -50,9 +51,10 @@ class Fault:
     id: str | None
     remedy: str
     fatal: bool = False
+    image: str | None = None
 
     def __str__(self) -> str:
-        where = f"{self.file}, {self.id}" if self.id else f"{self.file}"
+        where = ", ".join(str(part) for part in (self.file, self.image, self.id) if part)
         return f"{self.message} ({where}); {self.remedy}"
 
 
@@ -133,26 +135,29 @@ def record_faults(payload: dict[str, Any], file: Path, thorough: bool = False) -
         used_images.add(image)
         used_categories.add(category)
         where = file, f"annotation {_id_text(row)}"
+        name = None if image is None else clean_name(payload["images"][image].get("file_name"))
         if row.get("id") is not None and id_key(row["id"]) is None:
             message = f"expected an annotation id, {ID_WANTED}, found {shown(row['id'])}"
-            yield _fatal("bad id", message, *where, "remove the key: it is then numbered")
+            yield _fatal("bad id", message, *where, "remove the key: it is then numbered", name)
         for key, position in (("image_id", image), ("category_id", category)):
             if position is None:
                 message = f"expected {key} to be an id in the file, found {shown(row.get(key))}"
-                yield _fatal(f"unknown {key}", message, *where, "add it or remove the annotation")
+                remedy = "add it or remove the annotation"
+                yield _fatal(f"unknown {key}", message, *where, remedy, name)
         if image is not None:
             annotated = row, payload["images"][image]
-            suspects.extend([row] if in_fractions(*annotated) else [])
+            suspects.extend([(row, name)] if in_fractions(*annotated) else [])
             for level, kind, message, remedy in annotation_problems(*annotated, thorough):
                 fatal = level == "fatal"
                 level = "error" if fatal else level
-                yield Fault(level, kind, message, *where, remedy, fatal)
+                yield Fault(level, kind, message, *where, remedy, fatal, name)
     if suspects:
-        first = f"the first is {suspects[0]['bbox']} of annotation {_id_text(suspects[0])}"
+        row, name = suspects[0]
+        first = f"the first is {row['bbox']} of annotation {_id_text(row)}"
         message = "looks like fractions of the image; COCO boxes are pixels: "
         message += f"{len(suspects)} of {len(payload['annotations'])} boxes, {first}"
         remedy = "multiply x and width by the image's width, y and height by its height"
-        yield Fault("error", "box in fractions", message, file, None, remedy)
+        yield Fault("error", "box in fractions", message, file, None, remedy, image=name)
     yield from _unused(payload, file, used_images, used_categories)
 
 
@@ -200,7 +205,8 @@ def _count_faults(payload: dict, file: Path) -> Iterator[Fault]:
             message = f"{count} objects of {shown(rows[category].get('name'))}, "
             message += f"the model finds at most {QUERY_LIMIT} of one prompt in an image"
             where, remedy = f"image {_id_text(images[image])}", "train with --over_queries tile"
-            yield Fault("warning", "crowded image", message, file, where, remedy)
+            name = clean_name(images[image].get("file_name"))
+            yield Fault("warning", "crowded image", message, file, where, remedy, image=name)
     if not objects:
         return
     (most, high), (least, low) = objects.most_common()[0], objects.most_common()[-1]
@@ -228,9 +234,11 @@ def _prompt_faults(payload: dict, file: Path, count_tokens: Callable) -> Iterato
             yield Fault("warning", "long prompt", message, *where, remedy)
 
 
-def _fatal(kind: str, message: str, file: Path, row_id: str | None, remedy: str) -> Fault:
+def _fatal(
+    kind: str, message: str, file: Path, row_id: str | None, remedy: str, image: str | None = None
+) -> Fault:
     """An error that reading cannot survive."""
-    return Fault("error", kind, message, file, row_id, remedy, fatal=True)
+    return Fault("error", kind, message, file, row_id, remedy, True, image)
 
 
 def _id_faults(rows: list[dict], what: str, file: Path) -> Iterator[Fault]:
@@ -292,11 +300,11 @@ def _image_faults(row: dict, file: Path, first_seen: dict[str, Any]) -> Iterator
         if not is_finite(row.get(key)) or not 1 <= row[key] <= COORDINATE_LIMIT:
             limit = f"1 to {COORDINATE_LIMIT:.0f}"
             message = f"expected {key} in pixels, {limit}, found {shown(row.get(key))}"
-            yield _fatal("missing key", message, *where, f"write the image's {key}")
+            yield _fatal("missing key", message, *where, f"write the image's {key}", name)
             return
     if row["width"] * row["height"] > PIXEL_LIMIT:
         message = f"expected at most {PIXEL_LIMIT} pixels, found {row['width']} x {row['height']}"
-        yield _fatal("huge image", message, *where, "cut it into tiles")
+        yield _fatal("huge image", message, *where, "cut it into tiles", name)
 
 
 def _disk_faults(payload: dict, images_dir: Path, file: Path) -> Iterator[Fault]:

@@ -94,24 +94,25 @@ def json_report(file: Path, split: CocoSplit | None, faults: list[Fault]) -> dic
         totals, count = _count(split)
         named = {name: count[key] for key, name in split.categories.items()}
         report["counts"] = totals | {"categories": named}
-    keys = ("level", "kind", "message", "id", "remedy")
+    keys = ("level", "kind", "message", "image", "id", "remedy")
     rows = [{key: getattr(f, key) for key in keys} | {"file": str(f.file)} for f in faults]
     return report | {"faults": rows}
 
 
-def choose_examples(kinds: Sequence[set]) -> list[int]:
+def choose_examples(kinds: Sequence[set], first: Sequence[int] = ()) -> list[int]:
     """Chooses images to show, so that every category is seen where that is possible.
 
     Args:
         kinds: the categories in each image.
+        first: positions of those that come before the others, EXAMPLES of them at most.
 
     Returns:
         Positions, at most EXAMPLES, or MAX_EXAMPLES where the categories need them; the same each
         time.
     """
     order = random.Random(0).sample(range(len(kinds)), len(kinds))
-    chosen: list[int] = []
-    unseen = set().union(*kinds)
+    chosen = list(first[:EXAMPLES])
+    unseen = set().union(*kinds).difference(*(kinds[position] for position in chosen))
     while unseen and len(chosen) < MAX_EXAMPLES:
         best = max(order, key=lambda position: len(kinds[position] & unseen))
         chosen.append(best)
@@ -194,23 +195,26 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def preview(split: CocoSplit) -> np.ndarray:
+def preview(split: CocoSplit, faults: Sequence[Fault] = ()) -> np.ndarray:
     """Returns a contact sheet of a split: images with their objects, and counts by category.
 
-    Images that cannot be read are left out, and told.
+    Images with faults come first, with the kinds of these. Images that cannot be read are left out,
+    and told.
     """
     _, counts = _count(split)
     order = sorted(split.categories, key=lambda category_id: -counts[category_id])
     colors = {category_id: k for k, category_id in enumerate(order)}
     kinds = [{a["category_id"] for a in split.annotations[image["id"]]} for image in split.images]
+    faulty = _kinds_of_faults(split, faults)
     pictures, captions = [], []
-    for position in choose_examples(kinds):
+    for position in choose_examples(kinds, list(faulty)):
         image = split.images[position]
         try:
             photo = to_cell(read_image(split.image_path(image)), SHEET_CELL)
             items = split.annotations[image["id"]]
             pictures.append(draw_objects(photo, items, image, split, colors))
-            captions.append(image["file_name"])
+            kind = faulty.get(position)
+            captions.append(f"{image['file_name']}: {kind}" if kind else image["file_name"])
         except DatasetError as error:
             logger.warning("left out of the preview: %s", error)
     bars = {split.phrase(key): (counts[key], colors[key]) for key in order if counts[key]}
@@ -220,6 +224,18 @@ def preview(split: CocoSplit) -> np.ndarray:
     else:
         bars |= {split.phrase(key): (0, 0) for key in absent}
     return draw_sheet(pictures, captions, bars)
+
+
+def _kinds_of_faults(split: CocoSplit, faults: Sequence[Fault]) -> dict[int, str]:
+    """Position of each image with faults -> their kinds; errors come first."""
+    at: dict[str | Path, int] = {}
+    for position, image in enumerate(split.images):
+        at[image["file_name"]] = at[split.image_path(image)] = position
+    kinds: dict[int, dict[str, None]] = {}
+    for fault in sorted(faults, key=lambda fault: fault.level):
+        if (fault.image or fault.file) in at:
+            kinds.setdefault(at[fault.image or fault.file], {})[fault.kind] = None
+    return {position: ", ".join(own) for position, own in kinds.items()}
 
 
 def detections_panel(

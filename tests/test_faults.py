@@ -215,6 +215,9 @@ def test_warnings_of_a_shape(tmp_path, changes, kind, message):
         ("warning", kind, "annotation 1")
     ]
     assert matches(message, found[0]) and found[0].remedy
+    # The photo is what one opens to see it.
+    assert found[0].image == "1.png"
+    assert f"({tmp_path}/annotations.json, 1.png, annotation 1); " in str(found[0])
 
 
 def test_an_object_of_the_pixel_in_the_corner_has_no_fault(tmp_path):
@@ -260,7 +263,7 @@ def test_a_set_as_a_whole(tmp_path):
     Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images" / "2.png")
     found = {fault.kind: fault for fault in report(folder)}
     assert matches("201 objects of 'car', the model finds at most 200", found["crowded image"])
-    assert found["crowded image"].id == "image 1"
+    assert (found["crowded image"].id, found["crowded image"].image) == ("image 1", "1.png")
     assert "--over_queries tile" in found["crowded image"].remedy
     assert matches("'car' has 201 objects, 'van of .* has 1$", found["imbalance"])
     assert matches(r"has at least 39 tokens", found["long prompt"])

@@ -206,7 +206,7 @@ def test_validate_lists_faults(raw, capsys):
     out = capsys.readouterr().out
     assert "error: box outside (7)\n" in out
     assert out.count("px beyond its edge") == 5 and "  ... and 2 more\n" in out
-    assert "annotations.json, annotation 9); clip it" in out
+    assert ", annotation 9); clip it" in out
     assert "error: junk file (1)\n" in out
     assert out.endswith("errors 8, warnings 0\n")
     content["annotations"][0]["image_id"] = 77

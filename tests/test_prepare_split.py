@@ -146,3 +146,6 @@ def test_examples_show_every_category():
     many = [{k} for k in range(40)]
     assert len(overview.choose_examples(many)) == overview.MAX_EXAMPLES
     assert overview.choose_examples([]) == []
+    with_faults = overview.choose_examples(kinds, [34, 7])
+    assert with_faults[:2] == [34, 7] and len(set(with_faults)) == overview.EXAMPLES
+    assert overview.choose_examples(many, range(40))[: overview.EXAMPLES] == list(range(12))

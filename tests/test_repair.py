@@ -4,11 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import prepare_data
-from sam3_lora import coco
+from sam3_lora import coco, overview
 from sam3_lora.drawing import PALETTE
 from sam3_lora.faults import find_faults
 from sam3_lora.repair import mend_split
@@ -223,6 +224,29 @@ def test_preview(source, tmp_path, capsys):
         colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
     assert set(PALETTE[:2]) <= colors and PALETTE[2] not in colors
     assert list(sheet.parent.iterdir()) == [sheet]
+
+
+def test_preview_begins_with_images_that_have_faults(tmp_path, monkeypatch):
+    folder = tmp_path / "train"
+    (folder / "images").mkdir(parents=True)
+    photos = [image(number, f"{number}.png") for number in range(40)]
+    for number, photo in enumerate(photos):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(folder / "images" / photo["file_name"])
+    shutil.copy(folder / "images" / "5.png", folder / "images" / "6.png")
+    rows = [row(number + 1, image_id=number) for number in range(40)]
+    rows[20] |= {"segmentation": [[2, 2, 20, 20, 20, 2, 2, 20]]}
+    rows[30] |= {"bbox": [2, 2, 60, 18]}
+    save(folder, {"images": photos, "annotations": rows, "categories": [{"id": 1, "name": "car"}]})
+    captions: list[str] = []
+    sheet = np.zeros((9, 9, 3), np.uint8)
+    monkeypatch.setattr(
+        overview, "draw_sheet", lambda _, names, __: captions.extend(names) or sheet
+    )
+    flags = ["--data_dir", str(tmp_path), "--preview", str(tmp_path / "sheet.png")]
+    assert prepare_data.main(["validate", *flags]) == 2
+    wanted = ["30.png: box outside, box off mask", "20.png: crossing polygon", "5.png: photo twice"]
+    assert captions[:3] == wanted and len(captions) == overview.EXAMPLES
+    assert not any(":" in caption for caption in captions[3:])
 
 
 @pytest.mark.real_data
