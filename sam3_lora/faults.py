@@ -26,13 +26,14 @@ from sam3_lora.geometry import (
     shown,
 )
 from sam3_lora.images import IMAGE_ERRORS, IMAGE_SUFFIXES, UNSAFE, DatasetError, image_size
-from sam3_lora.layout import load_json
+from sam3_lora.layout import find_split, load_json
 
 QUERY_LIMIT = 200  # objects that the model finds of one prompt in an image
 TOKEN_LIMIT = 32  # of a prompt, its start and end included; Meta's text encoder cuts the rest
 ID_WANTED = "a whole number under 2^63 or a printable text"
 IMBALANCE = 10  # objects of the largest category for one of the smallest; above, a warning
 ID_LIMIT = 2**63  # ids are kept as 64-bit integers
+SHARED = "photo in two splits"  # a kind of faults
 NAME_BYTES = 255  # of a file or folder; more cannot be on a disk
 
 
@@ -341,26 +342,44 @@ def _copy_faults(payload: dict, images_dir: Path, folder: Path) -> Iterator[Faul
     names = {clean_name(row.get("file_name")) for row in payload["images"]} - {None}
     here = {images_dir / name for name in names}
     others = {
-        path
+        path: folder.parent / name
         for name in {"train", "val", "valid", "test"} - {folder.name}
         for path in (folder.parent / name).rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        if path.suffix.lower() in IMAGE_SUFFIXES and path not in here
     }
     sizes: dict[int, list[Path]] = {}
-    for path in filter(Path.is_file, (*sorted(here), *sorted(others - here))):
+    for path in filter(Path.is_file, (*sorted(here), *sorted(others))):
         sizes.setdefault(path.stat().st_size, []).append(path)
+    used: dict[Path, set[Path]] = {}  # by another split; read only where a file of it is the same
     for paths in sizes.values():
-        contents: dict[bytes, Path] = {}
+        contents: dict[bytes, list[Path]] = {}
         for path in paths if len(paths) > 1 and paths[0] in here else ():
             with path.open("rb") as stream:
-                first = contents.setdefault(hashlib.file_digest(stream, "sha1").digest(), path)
-            if first != path and first in here:
-                kind, remedy = "photo twice", "keep one, with all its objects"
-                if path in others:
-                    kind = "photo in two splits"
-                    remedy = "keep one: what was trained on tests nothing"
+                contents.setdefault(hashlib.file_digest(stream, "sha1").digest(), []).append(path)
+        for same in contents.values():
+            own = [path for path in same if path in here]
+            for path in own[1:]:
                 message = f"expected each photo once, found the same file as {path}"
-                yield Fault("warning", kind, message, first, None, remedy)
+                remedy = "keep one, with all its objects"
+                yield Fault("warning", "photo twice", message, own[0], None, remedy)
+            theirs = [path for path in same if path in others and own]
+            for split in {others[path] for path in theirs} - used.keys():
+                used[split] = _photos(split, others)
+            theirs = [path for path in theirs if path in used[others[path]]]
+            for path in own if theirs else ():
+                message = f"expected each photo once, found the same file as {theirs[0]}"
+                remedy = "keep one: what was trained on tests nothing; --fix drops train's copy"
+                yield Fault("warning", SHARED, message, path, None, remedy)
+
+
+def _photos(folder: Path, found: Iterable[Path]) -> set[Path]:
+    """The image files that a split names; those found where that cannot be read."""
+    try:
+        file, images_dir = find_split(folder)
+        names = {clean_name(row.get("file_name")) for row in load_json(file)["images"]} - {None}
+    except DatasetError:
+        return set(found)
+    return {images_dir / name for name in names}
 
 
 def file_faults(row: dict, path: Path, decode: bool = True) -> Iterator[Fault]:

@@ -28,7 +28,7 @@ import yaml
 from sam3_lora import shapes
 from sam3_lora.coco import CocoSplit, DatasetError
 from sam3_lora.faults import clean_name
-from sam3_lora.images import image_size
+from sam3_lora.images import image_size, listed
 from sam3_lora.shapes import Found, Item, Part, problem
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ def _read_data_yaml(yolo_dir: Path) -> tuple[Path | None, dict[str, Any]]:
             found[path] = content
     chosen = [path for path in found if path.stem == "data"] or list(found)
     if len(chosen) > 1:
-        listed = ", ".join(path.name for path in chosen)
-        raise DatasetError(f"expected one data.yaml in {yolo_dir}, found {listed}; keep one")
+        names = listed([path.name for path in chosen])
+        raise DatasetError(f"expected one data.yaml in {yolo_dir}, found {names}; keep one")
     return (chosen[0], found[chosen[0]]) if chosen else (None, {})
 
 
@@ -187,7 +187,7 @@ def _check_labels(label_files: dict[Path, Path], images_dir: Path, labels_dir: P
         raise DatasetError(f"{message}, found none for {len(label_files)} images; check --yolo_dir")
     orphans = sorted(found - set(label_files.values()) - {labels_dir / "classes.txt"})
     if orphans:
-        names = shapes.listed([path.name for path in orphans])
+        names = listed([path.name for path in orphans])
         logger.warning("skipped %d label files without an image: %s", len(orphans), names)
 
 

@@ -24,6 +24,7 @@ IMAGE_ERRORS = (
 )
 # In a name or a path: control characters, and halves of a character pair, which no encoding has.
 UNSAFE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
+NAMES_LISTED = 5
 EXIF_SWAPS_SIDES = (5, 6, 7, 8)  # values of the EXIF tag Orientation that turn by 90 degrees
 
 # Of images that `refuse_bomb` refuses; or, from PIL, of twice as many pixels.
@@ -32,6 +33,11 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 class DatasetError(ValueError):
     """Data that cannot be used: what was expected, what was found, what to do."""
+
+
+def listed(names: list[str]) -> str:
+    """Returns the first of some names, for a message."""
+    return ", ".join(names[:NAMES_LISTED]) + ", ..." * (len(names) > NAMES_LISTED)
 
 
 def refuse_bomb(image: Image.Image) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sam3_lora.geometry import shown
-from sam3_lora.images import IMAGE_SUFFIXES, DatasetError
+from sam3_lora.images import IMAGE_SUFFIXES, DatasetError, listed
 
 SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
 SNIFFED = 65536  # characters of a JSON file that tell which tool wrote it
@@ -121,8 +121,7 @@ def annotation_file(folder: Path) -> Path | None:
 
 def contents(path: Path) -> str:
     """The first names in a folder, for a message."""
-    names = sorted(child.name for child in path.iterdir())
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "an empty folder"
+    return listed(sorted(child.name for child in path.iterdir())) or "an empty folder"
 
 
 def load_json(file: Path) -> dict[str, Any]:

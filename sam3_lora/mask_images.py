@@ -27,8 +27,8 @@ import numpy as np
 from scipy import ndimage
 
 from sam3_lora.coco import CocoSplit, DatasetError, encode_mask
-from sam3_lora.images import IMAGE_SUFFIXES, image_size, open_image
-from sam3_lora.shapes import images_in, listed, split_of
+from sam3_lora.images import IMAGE_SUFFIXES, image_size, listed, open_image
+from sam3_lora.shapes import images_in, split_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """Mends a split, into a copy: what can be put right without a guess.
 
 What would be a guess is left as it is, for `validate` to name: boxes in fractions, prompts that two
-categories share, a size of which only one of image and annotations can be right.
+categories share, a size of which only one of image and annotations can be right. A photo of two
+splits is dropped from `train` alone, so that what an evaluation counts stays what it was.
 """
 
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 from sam3_lora.coco import DatasetError, read_coco, write_splits
 from sam3_lora.faults import (
+    SHARED,
     Fault,
     clean_name,
     find_position,
@@ -27,7 +29,7 @@ from sam3_lora.geometry import (
     mask_box,
     segmentation_of,
 )
-from sam3_lora.images import image_size
+from sam3_lora.images import image_size, listed
 from sam3_lora.layout import load_json
 
 UNUSABLE = ("missing image", "unreadable image", "link outside")  # kinds of faults
@@ -58,7 +60,7 @@ def mend_split(
     """
     payload, done = load_json(annotations_file), Counter()
     image_at = positions_by_id(payload["images"])
-    homes = _mend_images(payload, images_dir, faults, done)
+    homes = _mend_images(payload, images_dir, faults, split == "train", done)
     _mend_annotations(payload, image_at, homes, done)
     _mend_sizes(payload, images_dir, faults, done)
     payload["annotations"] = [row for row in payload["annotations"] if _mend_shape(row, done)]
@@ -74,10 +76,16 @@ def mend_split(
 
 
 def _mend_images(
-    payload: dict[str, Any], images_dir: Path, faults: Sequence[Fault], done: Counter
+    payload: dict[str, Any],
+    images_dir: Path,
+    faults: Sequence[Fault],
+    is_train: bool,
+    done: Counter,
 ) -> list[dict | None]:
-    """Drops unusable images, merges rows of one file; returns each old row's new one, or None."""
+    """Drops unusable images and those of another split, merges rows of one file; returns each old
+    row's new one, or None."""
     unusable = {fault.file for fault in faults if fault.kind in UNUSABLE}
+    shared = {fault.file: None for fault in faults if fault.kind == SHARED}
     kept: dict[str, dict] = {}
     homes: list[dict | None] = []
     for row in payload["images"]:
@@ -86,9 +94,15 @@ def _mend_images(
             done["images dropped: missing, unreadable or outside the folder"] += 1
             homes.append(None)
             continue
+        if is_train and images_dir / name in shared:
+            homes.append(None)
+            continue
         done["image rows merged with that of the same file"] += name in kept
         homes.append(kept.setdefault(name, row))
     payload["images"] = list(kept.values())
+    what = "dropped that val or test has too" if is_train else "kept that another split has too"
+    names = [path.relative_to(images_dir).as_posix() for path in shared]
+    done[f"images {what}: {listed(names)}"] = len(names)
     return homes
 
 

@@ -30,6 +30,7 @@ from sam3_lora.images import (
     UNSAFE,
     DatasetError,
     image_size,
+    listed,
     refuse_bomb,
 )
 from sam3_lora.layout import parse_json
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 RING_POINTS = 72  # of the polygon of an ellipse: 99.9 % of its area
 TEXT_BYTES = XML_BYTES = 2**24  # of the annotations of one image
 JSON_BYTES = 2**29  # a VIA file is a whole data set, LabelMe's hold an image
-NAMES_LISTED = 5
 REDRAW = "draw it again or remove it"
 
 Part = tuple[str, Any]
@@ -60,11 +60,6 @@ def check_class(label: str, class_names: Collection[str], where: str) -> None:
     if label not in class_names:
         expected = f"a class of {', '.join(class_names)}"
         raise problem(where, expected, repr(label), "add it to --classes or remove the object")
-
-
-def listed(names: list[str]) -> str:
-    """Returns the first of some names, for a message."""
-    return ", ".join(names[:NAMES_LISTED]) + ", ..." * (len(names) > NAMES_LISTED)
 
 
 def assemble(

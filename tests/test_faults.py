@@ -283,7 +283,19 @@ def test_the_same_photo_twice(tmp_path):
     copy.write_bytes((folder / "images" / "1.png").read_bytes())
     found = [(f.level, f.kind, f.file) for f in report(folder) if f.kind.startswith("photo")]
     first = folder / "images" / "1.png"
-    assert found == [("warning", "photo twice", first), ("warning", "photo in two splits", first)]
+    assert found == [
+        ("warning", "photo twice", first),
+        ("warning", "photo in two splits", first),
+        ("warning", "photo in two splits", copy),
+    ]
+    # A file that the other split does not use is no photo of it.
+    other = payload() | {"images": payload()["images"][1:]}
+    write(tmp_path / "train", other | {"annotations": payload()["annotations"][1:]})
+    kinds = [f.kind for f in report(folder) if f.kind.startswith("photo")]
+    assert kinds == ["photo twice", "photo in two splits"]  # 2.png
+    (tmp_path / "train" / "annotations.json").write_text("{")
+    kinds = [f.kind for f in report(folder) if f.kind.startswith("photo")]
+    assert kinds == ["photo twice"] + ["photo in two splits"] * 3
 
 
 def test_a_link_that_leads_out(tmp_path, capsys):

@@ -249,6 +249,57 @@ def test_preview_begins_with_images_that_have_faults(tmp_path, monkeypatch):
     assert not any(":" in caption for caption in captions[3:])
 
 
+def write_split_of(folder: Path, photos: dict[str, int]) -> None:
+    """A split of photos of one grey value each, with an object on each."""
+    (folder / "images").mkdir(parents=True)
+    for name, grey in photos.items():
+        Image.new("RGB", (40, 30), (grey,) * 3).save(folder / "images" / name)
+    images = [image(number, name) for number, name in enumerate(photos, start=1)]
+    rows = [row(number, image_id=number) for number in range(1, len(photos) + 1)]
+    content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "car"}]}
+    save(folder, content)
+
+
+def test_a_training_photo_of_another_split_is_dropped(tmp_path, capsys):
+    """It is dropped where it is trained on, so that what an evaluation counts stays the same."""
+    data, new = tmp_path / "data", tmp_path / "new"
+    write_split_of(data / "train", {"a.png": 1, "b.png": 2, "c.png": 3, "again.png": 1})
+    write_split_of(data / "val", {"1.png": 1, "9.png": 9})
+    write_split_of(data / "test", {"2.png": 2, "9.png": 9})
+    flags = ["validate", "--data_dir", str(data), "--fix", str(new)]
+    assert prepare_data.main(flags) == 0
+    before, after = capsys.readouterr().out.split("mended copy ")
+    assert "warning: photo in two splits (3)" in before and "--fix drops train's copy" in before
+    assert "  3  images dropped that val or test has too: a.png, again.png, b.png\n" in after
+    assert "  3  objects dropped with their image\n" in after
+    assert [photo["file_name"] for photo in coco.read_split(new / "train").images] == ["c.png"]
+    for split, kept in (("val", "1.png, 9.png"), ("test", "2.png, 9.png")):
+        assert prepare_data.main([*flags, "--split", split]) == 0
+        after = capsys.readouterr().out.split("mended copy ")[1]
+        assert f"  2  images kept that another split has too: {kept}\n" in after
+        assert content_of(new / split).keys() >= {new / split / "images" / "9.png"}
+    # Of the new train and the new val no photo is the other's.
+    assert prepare_data.main(["validate", "--data_dir", str(new)]) == 0
+    assert capsys.readouterr().out.endswith("errors 0, warnings 0\n")
+
+
+@pytest.mark.real_data
+def test_a_real_set_whose_splits_share_photos(real_data, tmp_path, capsys):
+    for split in ("train", "val"):
+        source = real_data / "car_scratch_via" / split
+        flags = ["--via_json", str(source / "via_region_data.json"), "--images_dir", str(source)]
+        flags += ["--output_dir", str(tmp_path / "data"), "--split", split]
+        assert prepare_data.main(["via", *flags]) == 0
+    assert fix(tmp_path / "data" / "train", tmp_path / "new") == 0
+    out = capsys.readouterr().out
+    names = "image15.jpg, image58.jpg, image63.jpg"
+    assert f"  3  images dropped that val or test has too: {names}\n" in out
+    assert len(coco.read_split(tmp_path / "new" / "train").images) == 46
+    shutil.copytree(tmp_path / "data" / "val", tmp_path / "new" / "val")
+    assert prepare_data.main(["validate", "--data_dir", str(tmp_path / "new")]) == 0
+    assert "photo in two splits" not in capsys.readouterr().out
+
+
 @pytest.mark.real_data
 @pytest.mark.parametrize(
     ("annotations", "images", "counts"),
