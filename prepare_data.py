@@ -39,13 +39,13 @@ from sam3_lora.files import write_picture
 from sam3_lora.flags import FlagParser
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 from sam3_lora.geometry import shown
-from sam3_lora.images import UNSAFE
+from sam3_lora.images import UNSAFE, listed
 from sam3_lora.layout import find_split, parse_json, split_dir
 from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.overview import divide_names, fault_report, json_report, preview, summary
 from sam3_lora.repair import mend_split
 from sam3_lora.scenes import IMAGES, TASKS, demo_split, write_scenes
-from sam3_lora.shapes import check_class, report_missing
+from sam3_lora.shapes import check_class, files_in, report_missing
 
 logger = logging.getLogger("prepare_data")
 
@@ -340,6 +340,22 @@ def convert(args: argparse.Namespace) -> None:
     )
 
 
+def check_paths(args: argparse.Namespace) -> None:
+    """Raises DatasetError where a flag for a file names a folder, or one for a folder a file."""
+    for flag in (*SOURCES, "output_dir", "fix"):
+        path = getattr(args, flag, None)
+        if path is None:
+            continue
+        if path.is_dir() and flag.endswith("_json"):
+            names = [str(file.relative_to(path)) for file in files_in(path, {".json"})]
+            remedy = f"name a .json file of it{', such as ' * bool(names)}{listed(names)}"
+            remedy = f"name {path / names[0]}" if len(names) == 1 else remedy
+            raise DatasetError(f"expected a file at --{flag} {path}, found a folder; {remedy}")
+        if path.is_file() and not flag.endswith("_json"):
+            remedy = f"name its folder {path.parent}" if flag in SOURCES else "name a folder"
+            raise DatasetError(f"expected a folder at --{flag} {path}, found a file; {remedy}")
+
+
 def refuse_own_source(args: argparse.Namespace) -> None:
     """Raises DatasetError where the split would replace its source, or be part of it."""
     target = split_dir(args.output_dir, args.split).resolve()
@@ -459,6 +475,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code."""
     args = build_parser().parse_args(argv)
     setup_logging(None, logging.INFO)
+    check_paths(args)
     if args.command == "create":
         create_folders(args.output_dir)
     elif args.command == "demo":

@@ -185,6 +185,39 @@ def test_wrong_images_dir(raw, capsys):
     assert f"a.png is in {raw / 'images'}: name that folder" in capsys.readouterr().err
 
 
+PATHS = {
+    "a folder of one JSON": (
+        ["via", "--via_json", "{}", "--images_dir", "{}/images"],
+        "expected a file at --via_json {}, found a folder; name {}/annotations.json",
+    ),
+    "a folder of several": (
+        ["coco", "--coco_json", "{}/..", "--images_dir", "{}/images"],
+        "found a folder; name a .json file of it, such as raw/annotations.json, via.json",
+    ),
+    "a folder of none": (
+        ["coco", "--coco_json", "{}/images", "--images_dir", "{}/images"],
+        "expected a file at --coco_json {}/images, found a folder; name a .json file",
+    ),
+    "a file for a folder": (
+        ["yolo", "--yolo_dir", "{}/annotations.json"],
+        "expected a folder at --yolo_dir {}/annotations.json, found a file; name its folder {}",
+    ),
+    "a file to write into": (
+        ["demo", "--output_dir", "{}/annotations.json"],
+        "expected a folder at --output_dir {}/annotations.json, found a file; name a folder",
+    ),
+}
+
+
+@pytest.mark.parametrize(("command", "message"), PATHS.values(), ids=PATHS)
+def test_a_folder_for_a_file_and_a_file_for_a_folder(raw, capsys, command, message):
+    (raw.parent / "via.json").write_text("{}")
+    output = ["--output_dir", str(raw.parent / "data")] * ("--output_dir" not in command)
+    assert prepare_data.main([*(word.format(raw) for word in command), *output]) == 2
+    assert message.replace("{}", str(raw)) in capsys.readouterr().err
+    assert not (raw.parent / "data").exists()
+
+
 def test_debug_keeps_the_traceback(raw, capsys):
     command = ["coco", "--coco_json", "absent.json", "--images_dir", "."]
     assert prepare_data.main([*command, "--debug"]) == 2
