@@ -29,6 +29,7 @@ from sam3_lora import shapes
 from sam3_lora.coco import CocoSplit, DatasetError
 from sam3_lora.faults import clean_name
 from sam3_lora.images import image_size, listed
+from sam3_lora.layout import other_reader
 from sam3_lora.shapes import Found, Item, Part, problem
 
 logger = logging.getLogger(__name__)
@@ -356,7 +357,9 @@ def _labelme_items(files: list[Path], by_stem: dict[Path, list[Path]]) -> Iterat
         content = shapes.read_json(file)
         rows = content.get("shapes") if isinstance(content, dict) else None
         if not isinstance(rows, list) or not all(isinstance(shape, dict) for shape in rows):
-            raise problem(file, "a list of shapes, as in LabelMe", "none", "move the file away")
+            also = other_reader(file, "labelme", "")
+            remedy = f"move the file away{', or ' * bool(also)}{also}"
+            raise problem(file, "a list of shapes, as in LabelMe", "none", remedy)
         # The folder is that of the annotator's machine.
         name = PureWindowsPath(str(content.get("imagePath") or file.stem)).name
         path = shapes.image_of(by_stem, file.parent, name, file)
@@ -417,7 +420,7 @@ def _via_entries(file: Path) -> list[tuple[str, list[dict[str, dict]]]]:
         content = content.get("_via_img_metadata", content)
     rows = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(r, dict) and "regions" in r for r in rows):
-        remedy = "export the annotations from VIA 2 as JSON"
+        remedy = other_reader(file, "via", "export the annotations from VIA 2 as JSON")
         raise problem(file, "images with regions, as in VIA 1 and 2", "others", remedy)
     entries = []
     for row in rows:

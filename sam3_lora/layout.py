@@ -12,6 +12,13 @@ from sam3_lora.images import IMAGE_SUFFIXES, DatasetError, listed
 
 SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
 SNIFFED = 65536  # characters of a JSON file that tell which tool wrote it
+# A key of JSON labels -> the command of prepare_data.py that reads them, and its flag.
+READERS = {
+    '"shapes"': "labelme --labelme_dir",
+    '"regions"': "via --via_json",
+    '"images"': "coco --coco_json",
+    '"annotations"': "coco --coco_json",
+}
 
 
 def split_dir(data_dir: Path, split: str) -> Path:
@@ -84,17 +91,31 @@ def _other_format(folder: Path) -> str | None:
     if _holds(folder, ".xml") or _holds(folder / "Annotations", ".xml"):
         return f"voc --voc_dir {folder}"
     for file in sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")]):
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            text = stream.read(SNIFFED)
-        if '"shapes"' in text:
-            return f"labelme --labelme_dir {file.parent}"
-        command = "via --via_json" if '"regions"' in text else "coco --coco_json"
-        return f"{command} {file} --images_dir {_photos(folder)}"
+        if (reader := _reader(file)) is not None:
+            is_labelme = reader.startswith("labelme")
+            return reader if is_labelme else f"{reader} --images_dir {_photos(folder)}"
     names = ("masks", "mask", "SegmentationClass", "labels", "annotations")
     for masks in (folder / name for name in names):
         if _holds(masks, ".png"):
             return f"masks --images_dir {_photos(folder)} --masks_dir {masks}"
     return None
+
+
+def _reader(file: Path) -> str | None:
+    """The arguments of prepare_data.py that read a JSON file of labels, if it looks like any."""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        text = stream.read(SNIFFED)
+    command = next((command for key, command in READERS.items() if key in text), None)
+    named = file.parent if command == READERS['"shapes"'] else file
+    return command and f"{command} {named}"
+
+
+def other_reader(file: Path, own: str, remedy: str) -> str:
+    """Returns the command that reads a JSON file which `own` cannot; a remedy where none does."""
+    reader = _reader(file)
+    if reader is None or reader.split()[0] == own:
+        return remedy
+    return f"read it with `python prepare_data.py {reader}`"
 
 
 def _photos(folder: Path) -> Path:
@@ -143,11 +164,11 @@ def load_json(file: Path) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         rows = payload.get(key) if isinstance(payload, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            found = sorted(payload)[:8] if isinstance(payload, dict) else type(payload).__name__
-            raise DatasetError(
-                f'expected a list of objects under "{key}" in {file}, found {found}; '
-                "export the annotations as COCO (object detection or instances)"
-            )
+            is_table = isinstance(payload, dict)
+            found = shown(sorted(payload)) if is_table else type(payload).__name__
+            remedy = "export the annotations as COCO (object detection or instances)"
+            message = f'expected a list of objects under "{key}" in {file}, found {found}'
+            raise DatasetError(f"{message}; {other_reader(file, 'coco', remedy)}")
     return payload
 
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "images": {"geometry"},
     "repair": {"coco", "faults", "geometry", "images", "layout"},
     "overview": {"coco", "drawing", "faults", "images", "layout", "packages"},
-    "formats": {"coco", "faults", "images", "shapes"},
+    "formats": {"coco", "faults", "images", "layout", "shapes"},
     "shapes": {"coco", "faults", "geometry", "images", "layout"},
     "mask_images": {"coco", "shapes", "images"},
     "tiles": {"coco", "geometry"},

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import prepare_data
 from sam3_lora.coco import DatasetError
 from sam3_lora.layout import find_split
 
@@ -56,6 +57,37 @@ LAYOUTS = {
     "slip": ({"train/annotations.json": COCO}, "trian", "did you mean {}/train?"),
     "nothing": ({}, "train", "`python prepare_data.py demo --output_dir {}` draws a data set"),
 }
+
+
+# A command, its flag of labels, the labels that are not its own, and the end of the message.
+WRONG_READERS = {
+    "VIA as COCO": ("coco", "--coco_json {}/a.json", VIA, "via --via_json {}/a.json`"),
+    "LabelMe as COCO": ("coco", "--coco_json {}/a.json", LABELME, "labelme --labelme_dir {}`"),
+    "COCO as VIA": ("via", "--via_json {}/a.json", COCO, "coco --coco_json {}/a.json`"),
+    "LabelMe as VIA": ("via", "--via_json {}/a.json", LABELME, "labelme --labelme_dir {}`"),
+    "COCO as LabelMe": ("labelme", "--labelme_dir {}", COCO, "coco --coco_json {}/a.json`"),
+    "VIA as LabelMe": ("labelme", "--labelme_dir {}", VIA, "via --via_json {}/a.json`"),
+    "no COCO": ("coco", "--coco_json {}/a.json", {"images": 3}, "detection or instances)"),
+    "no VIA": ("via", "--via_json {}/a.json", {"a": 3}, "from VIA 2 as JSON"),
+    "no LabelMe": ("labelme", "--labelme_dir {}", [], "; move the file away"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "content", "remedy"), WRONG_READERS.values(), ids=WRONG_READERS
+)
+def test_labels_of_another_format_name_their_command(
+    command: str, flag: str, content: object, remedy: str, tmp_path: Path, capsys
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps(content))
+    (folder / "a.jpg").write_text("")
+    flags = [word.format(folder) for word in flag.split()]
+    flags += ["--images_dir", str(folder)] * (command != "labelme")
+    assert prepare_data.main([command, *flags, "--output_dir", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.endswith(remedy.format(folder)), err
 
 
 @pytest.mark.parametrize(("files", "named", "remedy"), LAYOUTS.values(), ids=LAYOUTS)
