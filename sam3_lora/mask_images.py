@@ -440,17 +440,9 @@ def _records(labels: np.ndarray, kept: np.ndarray, category_id: int) -> list[dic
 
 
 def _report(rest: Counter, total: int, masks_dir: Path, kind: str, ignored: set[int]) -> None:
-    """Warns of small parts, and of objects that look like classes; raises where values have no
-    name, or where there is no object."""
+    """Raises where values have no name, or where there is no object; warns of small parts, and of
+    objects that look like classes."""
     left_out, specks, scattered = (rest.pop(key, 0) for key in ("left out", "specks", "scattered"))
-    if scattered > SCATTERED * total:
-        message = "%d of %d objects lie in parts that do not touch; if a value is a class, "
-        logger.warning(message + "pass --kind index", scattered, total)
-    if left_out:
-        logger.warning("left out %d parts of classes, under --min_pixels", left_out)
-    elif specks:
-        message = "%d parts of classes have under %d pixels; --min_pixels %d leaves such out"
-        logger.warning(message, specks, SPECK, SPECK)
     if rest:
         values = [f"{_shown(v, kind)} ({rest[v]} pixels)" for v in sorted(rest)[:VALUES_LISTED]]
         more = ", ..." if len(rest) > VALUES_LISTED else ""
@@ -462,6 +454,14 @@ def _report(rest: Counter, total: int, masks_dir: Path, kind: str, ignored: set[
             f"{', '.join(values)}{more}; name them, --classes '{example}', or leave them out, "
             f'--void "{void}"; if each value is an object, pass --kind instance'
         )
+    if scattered > SCATTERED * total:
+        message = "%d of %d objects lie in parts that do not touch; if a value is a class, "
+        logger.warning(message + "pass --kind index", scattered, total)
+    if left_out:
+        logger.warning("left out %d parts of classes, under --min_pixels", left_out)
+    elif specks:
+        message = "%d parts of classes have under %d pixels; --min_pixels %d leaves such out"
+        logger.warning(message, specks, SPECK, SPECK)
     if not total:
         void = "".join(f", {_shown(v, kind)} (void)" for v in sorted(ignored))
         found = f"expected objects in {masks_dir}, found only 0{void}"
