@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from sam3_lora.coco import CocoSplit, encode_mask, write_splits
+from sam3_lora.geometry import mask_box
 
 # Side of a written scene, pixels: twice the demo model's canvas, so that pictures can be looked at.
 SIDE = 224
@@ -249,10 +250,10 @@ def write_scenes(
 
 def to_annotation(mask: np.ndarray) -> dict[str, Any]:
     """The COCO fields of an object from its mask (S,S) bool, not empty."""
-    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    left, top = int(columns[0]), int(rows[0])
-    box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
-    return {"bbox": box, "area": int(mask.sum()), "iscrowd": 0, "segmentation": encode_mask(mask)}
+    rle = encode_mask(mask)
+    x1, y1, x2, y2 = mask_box(rle, *mask.shape)
+    box = [x1, y1, x2 - x1, y2 - y1]
+    return {"bbox": box, "area": int(mask.sum()), "iscrowd": 0, "segmentation": rle}
 
 
 def _scene(

@@ -23,7 +23,7 @@ from PIL import Image
 
 from sam3_lora.coco import CocoSplit, decode_mask, encode_mask, mask_area
 from sam3_lora.faults import clean_name
-from sam3_lora.geometry import COORDINATE_LIMIT, POINT_LIMIT, is_flat
+from sam3_lora.geometry import COORDINATE_LIMIT, POINT_LIMIT, is_flat, mask_box
 from sam3_lora.images import (
     IMAGE_ERRORS,
     IMAGE_SUFFIXES,
@@ -221,28 +221,25 @@ def geometry(parts: list[Part], width: int, height: int, where: str) -> dict[str
             raise problem(where, "an object with width and height > 0", found, "remove it")
         polygons.append([float(v) for point in _clip(value, width, height) for v in point])
     polygons = [polygon for polygon in polygons if len(polygon) >= 6 and not is_flat(polygon)]
+    segmentation: Any = polygons
     xs, ys = ([v for polygon in polygons for v in polygon[axis::2]] for axis in (0, 1))
     if mask is not None:
         mask |= decode_mask(polygons, height, width) if polygons else False
-        xs, ys = (_span(mask.any(axis=axis)) for axis in (0, 1))
+        segmentation = encode_mask(mask)
+        edges = mask_box(segmentation, height, width) or []
+        xs, ys = edges[0::2], edges[1::2]
     if not xs:
         remedy = "remove it, or annotate the image that is on disk"
         raise problem(where, f"an area inside the {width} x {height} image", "none", remedy)
     bbox = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-    segmentation, area = polygons, bbox[2] * bbox[3]
+    area = bbox[2] * bbox[3]
     if mask is not None:
-        segmentation, area = encode_mask(mask), float(mask.sum())
+        area = float(mask.sum())
     elif all(kind == "box" for kind, _ in parts):
         segmentation = None
     else:
         area = mask_area(polygons, height, width)
     return {"bbox": bbox, "segmentation": segmentation, "iscrowd": 0, "area": area}
-
-
-def _span(line: np.ndarray) -> list[float]:
-    """The edges of the first and the last true pixel of a line; none where all are false."""
-    true = np.flatnonzero(line)
-    return [float(true[0]), float(true[-1] + 1)] if true.size else []
 
 
 def _clip(points: list, width: int, height: int) -> list:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sam3_lora.coco import decode_mask, encode_mask, mask_iou, to_rle
-from sam3_lora.geometry import mask_runs
+from sam3_lora.geometry import mask_box, mask_runs
 
 TILE_OVERLAP = 0.2  # of a tile's side, shared with the next one
 TILE_SHARE = 0.25  # of an object's width, and of its height, that its tiles show at least
@@ -81,13 +81,12 @@ def cut_objects(objects: Objects, tile: Window, width: int, height: int) -> list
         segmentation = entry["segmentation"]
         if segmentation:
             mask = decode_mask(segmentation, height, width)[top:bottom, left:right]
-            if piece[2:] != entry["bbox"][2:]:
-                rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-                if not len(rows):  # a part of the box without a part of the object
-                    continue
-                corner = [int(columns[0]), int(rows[0])]
-                piece = [*corner, int(columns[-1]) + 1 - corner[0], int(rows[-1]) + 1 - corner[1]]
             segmentation = encode_mask(mask)
+            if piece[2:] != entry["bbox"][2:]:
+                edges = mask_box(segmentation, *mask.shape)
+                if edges is None:  # a part of the box without a part of the object
+                    continue
+                piece = [*edges[:2], edges[2] - edges[0], edges[3] - edges[1]]
         found.append({**entry, "bbox": piece, "segmentation": segmentation})
     return found
 

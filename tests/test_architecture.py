@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "forward": {"model"},
     "evaluation": {"lora_layers", "checkpoint", "coco", "engine", "forward", "metrics", "model"}
     | {"processes"},
-    "scenes": {"coco"},
+    "scenes": {"coco", "geometry"},
     "engine": {"processes"},
     "features": {"dataset", "files", "forward", "loader", "processes"},
     "memory": {"forward", "lora_layers", "losses", "model"},
