@@ -29,7 +29,7 @@ from sam3_lora import shapes
 from sam3_lora.coco import CocoSplit, DatasetError
 from sam3_lora.faults import clean_name
 from sam3_lora.images import image_size, listed
-from sam3_lora.layout import other_reader
+from sam3_lora.layout import are_keypoints, other_reader
 from sam3_lora.shapes import Found, Item, Part, problem
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 FRACTION_TOLERANCE = 0.01
 BOX_NUMBERS = 5  # class cx cy w h
 POLYGON_NUMBERS = 7  # class and three points
+NO_KEYPOINTS = "export boxes or polygons; the first 5 numbers of each line are a box"
 NO_OBJECTS = ("point", "points", "line", "linestrip")  # of LabelMe
 VIA_FIELDS = ("shape_attributes", "region_attributes")
 
@@ -63,8 +64,7 @@ def read_yolo(yolo_dir: Path, split: str, class_names: list[str] | None = None) 
     yolo_dir = Path(yolo_dir)
     description_file, description = _read_data_yaml(yolo_dir)
     if "kpt_shape" in description:
-        remedy = "export boxes or polygons"
-        raise problem(description_file, "labels of boxes or polygons", "kpt_shape", remedy)
+        raise problem(description_file, "labels of boxes or polygons", "kpt_shape", NO_KEYPOINTS)
     names = _class_names(description, description_file, class_names, yolo_dir)
     images_dir, labels_dir = _yolo_folders(yolo_dir, split, description)
     label_files = {
@@ -72,6 +72,10 @@ def read_yolo(yolo_dir: Path, split: str, class_names: list[str] | None = None) 
         for path in shapes.images_in(images_dir)
     }
     _check_labels(label_files, images_dir, labels_dir)
+    texts = (shapes.read_text(file) for file in label_files.values() if file.is_file())
+    if are_keypoints(line for text in texts for line in text.splitlines()):
+        found = "keypoints, x y v after each box"
+        raise problem(labels_dir, "labels of boxes or polygons", found, NO_KEYPOINTS)
     records = {}
     for path, label_file in label_files.items():
         size = image_size(path)

@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from sam3_lora.images import IMAGE_SUFFIXES, DatasetError, listed
 
 SPLIT_LAYOUTS = (("annotations.json", "images"), ("_annotations.coco.json", "."))
 SNIFFED = 65536  # characters of a JSON file that tell which tool wrote it
+LEAST_FLAGS = 6  # of keypoints in a split, from which they are told from coordinates
+EDGE_ROUNDING = 0.01  # of an image's side, by which a box may pass it
 # A key of JSON labels -> the command of prepare_data.py that reads them, and its flag.
 READERS = {
     '"shapes"': "labelme --labelme_dir",
@@ -116,6 +118,29 @@ def other_reader(file: Path, own: str, remedy: str) -> str:
     if reader is None or reader.split()[0] == own:
         return remedy
     return f"read it with `python prepare_data.py {reader}`"
+
+
+def are_keypoints(lines: Iterable[str]) -> bool:
+    """Returns whether lines of YOLO labels are boxes with keypoints, class cx cy w h (x y v) ...
+
+    They are where all are of one length, with a box inside the image, and each v is 0, 1 or 2: so
+    many coordinates of polygons are not. Of one keypoint, v may be a triangle's confidence, unless
+    it is 2. Keypoints without v cannot be told from a polygon.
+    """
+    length, flags = 0, Counter()
+    for words in filter(None, map(str.split, lines)):
+        length = length or len(words)
+        if len(words) != length or length < 8 or (length - 5) % 3:
+            return False
+        try:
+            cx, cy, w, h, *points = map(float, words[1:])
+        except ValueError:
+            return False
+        beyond = max(abs(cx - 0.5) + w / 2, abs(cy - 0.5) + h / 2) - 0.5
+        if not (min(w, h) > 0 and beyond < EDGE_ROUNDING and {0, 1, 2}.issuperset(points[2::3])):
+            return False
+        flags.update(points[2::3])
+    return flags[2] > 0 or (flags.total() >= LEAST_FLAGS and length > 8)
 
 
 def _photos(folder: Path) -> Path:

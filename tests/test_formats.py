@@ -145,6 +145,34 @@ def test_names_that_are_refused(tmp_path, names, message):
         read_yolo(tmp_path, "train", ["person", "car"])
 
 
+POINTS = "0.4 0.4 {} 0.5 0.6 {} 0.45 0.5 {}"
+KEYPOINTS = {
+    "0 and 1": [f"0 0.5 0.5 0.4 0.4 {POINTS.format(1, 0, 1)}"] * 2,
+    "a 2": [f"0 0.5 0.5 0.4 0.4 {POINTS.format(1, 0, 2)}"],
+    "not labelled": ["0 .5 .5 .4 .4 0 0 0 .4 .4 1", "", *["1 .2 .2 .4 .4 0 0 0 0 0 0"] * 2],
+    "one point, a 2": ["0 0.5 0.5 0.4 0.4 0.4 0.4 2"],
+}
+# Numbers that may be polygons, and are read as such: fewer flags, one point, a box not inside.
+POLYGON_LINES = {
+    "a corner": ["0 0.1 0.1 0.2 0.2 0.1 0.15 0 0.1 0.1 0"],
+    "triangles with a confidence": ["0 0.4 0.4 0.2 0.2 0.4 0.3 1"] * 9,
+    "the whole image": ["0 1 0 1 1 0 1 0 0 1 0"] * 9,
+    "of several lengths": [f"0 0.5 0.5 0.4 0.4 {POINTS.format(1, 0, 1)}"] * 9
+    + ["0 0.2 0.2 0.4 0.4 0.1 0.3"],
+}
+
+
+@pytest.mark.parametrize("lines", KEYPOINTS.values(), ids=KEYPOINTS)
+def test_keypoints_are_not_read_as_polygons(tmp_path, lines):
+    with pytest.raises(DatasetError, match="boxes or polygons, found keypoints, x y v .*labels"):
+        read_lines(tmp_path, *lines)
+
+
+@pytest.mark.parametrize("lines", POLYGON_LINES.values(), ids=POLYGON_LINES)
+def test_what_may_be_a_polygon_is_one(tmp_path, lines):
+    assert all(item["segmentation"] for item in read_lines(tmp_path, *lines))
+
+
 def test_names_are_needed(tmp_path):
     write_yolo(tmp_path, "images/split")
     with pytest.raises(DatasetError, match='no data.yaml with names; pass --classes "first'):
