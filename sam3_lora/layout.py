@@ -67,6 +67,8 @@ def _remedy(path: Path) -> str:
         beside = {p.name: p for p in _children(parent) if annotation_file(p)}
         if close := difflib.get_close_matches(path.name, beside, n=1):
             return f"did you mean {beside[close[0]]}?"
+        if source := _other_format(parent):
+            return f"convert it first: python prepare_data.py {source}"
         return (
             "correct the path, or convert your data to it as data/README.md shows; for a first try "
             f"`python prepare_data.py demo --output_dir {parent}` draws a data set"

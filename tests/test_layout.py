@@ -47,6 +47,11 @@ LAYOUTS = {
         ".",
         "coco --coco_json {}/annotations/instances_train2017.json --images_dir {}/train2017",
     ),
+    "coco, a split named": (
+        {"images/a.jpg": None, "annotations/train.json": COCO},
+        "train",
+        "coco --coco_json {}/annotations/train.json --images_dir {}/images",
+    ),
     "masks": (
         {"images/a.jpg": None, "masks/a.png": None},
         ".",
