@@ -103,6 +103,10 @@ def _mend_images(
     what = "dropped that val or test has too" if is_train else "kept that another split has too"
     names = [path.relative_to(images_dir).as_posix() for path in shared]
     done[f"images {what}: {listed(names)}"] = len(names)
+    if is_train and shared and not kept:
+        found = f"expected images that val or test lacks, found none of {len(homes)}"
+        remedy = "divide one of the splits with `prepare_data.py split`"
+        raise DatasetError(f"cannot be mended, nothing was written: {found}; {remedy}")
     return homes
 
 

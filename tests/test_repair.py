@@ -283,6 +283,15 @@ def test_a_training_photo_of_another_split_is_dropped(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("errors 0, warnings 0\n")
 
 
+def test_a_training_split_that_another_holds_whole_is_not_mended(tmp_path, capsys):
+    for split in ("train", "test"):
+        write_split_of(tmp_path / "data" / split, {"a.png": 1, "b.png": 2})
+    assert fix(tmp_path / "data" / "train", tmp_path / "new") == 2
+    wanted = "expected images that val or test lacks, found none of 2; divide one of the splits"
+    assert f"cannot be mended, nothing was written: {wanted}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.real_data
 def test_a_real_set_whose_splits_share_photos(real_data, tmp_path, capsys):
     for split in ("train", "val"):
