@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "exchange": {"checkpoint", "lora_layers"},
     "card": {"model"},
     "intervals": {"coco", "metrics"},
-    "report": {"coco", "drawing", "images", "intervals", "overview"},
+    "report": {"coco", "drawing", "images", "intervals", "overview", "tables"},
     "drawing": {"files"},
     "runlog": {"drawing", "files"},
     "video": {"checkpoint", "coco", "dataset", "drawing", "evaluation", "files", "forward"}
