@@ -267,6 +267,9 @@ def describe_run(run: Run) -> None:
     split = run.train_set.split
     items = f"{len(run.train_set)} images or tiles, {len(split.categories)} categories"
     log.info("%s, %s%s", items, run.plan, f", from {run.cache}" if run.cache else "")
+    if run.val_set:
+        times = run.plan.evaluations(run.config.training.eval_steps)
+        log.info("validation: %d images, %d times", len(run.val_set), times)
     if run.forward.compiled:
         log.info("compiling: minutes at the first step, and at each new size of a batch")
     masks, validation = run.forward.masks, run.val_set is not None
@@ -412,12 +415,12 @@ def log_steps(run: Run, epoch: int) -> str:
 
 
 def end_step(run: Run) -> None:
-    """What is due after a step: an evaluation, a checkpoint; both at the end of an epoch."""
+    """What is due after a step: an evaluation, a checkpoint."""
     training = run.config.training
-    ends = run.plan.ends_epoch(run.at.step)
-    if ends or run.at.step % training.eval_steps == 0:
+    if run.plan.evaluates(run.at.step, training.eval_steps):
         evaluate_now(run)
-    if ends or run.at.step % training.save_steps == 0 or run.at.stopped:
+    due = run.plan.ends_epoch(run.at.step) or run.at.step % training.save_steps == 0
+    if due or run.at.stopped:
         save_now(run)
 
 

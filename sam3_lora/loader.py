@@ -159,10 +159,14 @@ class Plan:
         """Whether an epoch, or the run, ends with this step."""
         return self.is_due(step, self.steps_per_epoch)
 
-    def evaluations(self, every: int) -> int:
-        """Evaluations of a run: every so many steps, and at the end of each epoch."""
-        periods = (range(n, self.total_steps + 1, n) for n in (every, self.steps_per_epoch))
-        return len({self.total_steps}.union(*periods))
+    def evaluates(self, step: int, every: int | None) -> bool:
+        """Whether an evaluation is due: every so many steps (None: at the end of each epoch), and
+        at the run's end."""
+        return self.is_due(step, every or self.steps_per_epoch)
+
+    def evaluations(self, every: int | None) -> int:
+        """How many evaluations a run has."""
+        return math.ceil(self.total_steps / (every or self.steps_per_epoch))
 
 
 def epoch_batches(count: int, batch_size: int, epoch: int, seed: int, shuffle: bool) -> list[Keys]:

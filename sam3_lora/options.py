@@ -92,8 +92,8 @@ class TrainingSection:
     cache_limit_gb: float = _key(32.0, "most features kept, GB (10^9 bytes)", above=0)
     cache_views: int = _key(1, "placements of an image whose features are kept", low=1)
     init_lora_weights: Path | None = _key(None, "adapter to start from; null: a fresh one")
-    eval_steps: int = _key(
-        500, "steps between two evaluations; each epoch ends with one too", low=1
+    eval_steps: int | None = _key(
+        None, "steps between two evaluations; null: each epoch ends with one", low=1
     )
     save_steps: int = _key(
         1000, "steps between two checkpoints; each epoch ends with one too", low=1

@@ -77,7 +77,7 @@ def unknown_category(folder):
 
 BROKEN = {
     "a photo is missing": (remove_photo, "expected 5 images, found 4; the first that is not"),
-    "a photo is turned": (turn_photo, "pixels, expected 96x64"),
+    "a photo is turned": (turn_photo, "expected 96 x 64 pixels as annotated, found 64 x 96"),
     "an unknown category": (unknown_category, "expected category_id to be an id in the file"),
     "no annotations": (remove("annotations.json"), "expected annotations.json with images/"),
     "broken JSON": (lambda f: (f / "annotations.json").write_text("{"), "expected JSON in"),

@@ -49,6 +49,13 @@ def test_a_short_run_has_a_short_warmup():
     ]
 
 
+def test_evaluations_end_epochs_or_come_every_so_many_steps_and_end_the_run() -> None:
+    plan = Plan(50, 4, 2, 30, 0)  # 13 steps an epoch
+    for every, steps in ((None, [13, 26, 30]), (10, [10, 20, 30]), (100, [30])):
+        assert [step for step in range(1, 31) if plan.evaluates(step, every)] == steps
+        assert plan.evaluations(every) == len(steps)
+
+
 # Optimizer, seeds, memory -------------------------------------------------------------------------
 
 
