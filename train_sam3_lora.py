@@ -272,8 +272,9 @@ def describe_run(run: Run) -> None:
         log.info("validation: %d images, %d times", len(run.val_set), times)
     if run.forward.compiled:
         log.info("compiling: minutes at the first step, and at each new size of a batch")
-    masks, validation = run.forward.masks, run.val_set is not None
-    for words in find_notices(run.config, split, run.plan, masks=masks, validation=validation):
+    val = run.val_set.split if run.val_set else None
+    has = {"masks": run.forward.masks, "validation": val is not None, "val": val}
+    for words in find_notices(run.config, split, run.plan, **has):
         log.warning("%s", words)
 
 

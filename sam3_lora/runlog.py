@@ -215,7 +215,7 @@ def progress_text(row: dict[str, Any]) -> str:
     text += f"{row['skipped']:.0f} left out, " if "skipped" in row else ""
     text += f"lr {row['lr']:.2e}, {row['it_per_s']:.2f} it/s, {row['img_per_s']:.1f} img/s"
     if "train_iou" in row:
-        text += f", train IoU {row['train_iou']:.3f}"
+        text += f", matched IoU {row['train_iou']:.3f}"
     if "memory_gb" in row:
         text += f", {row['memory_gb']:.2f} GB ({row['memory_percent']:.0f} %)"
     return text

@@ -15,7 +15,7 @@ from runs import read_log, run_flags
 import train_sam3_lora
 from sam3_lora.coco import read_split
 from sam3_lora.config import Config, ConfigError, check_stopping, load_config
-from sam3_lora.evaluation import rank
+from sam3_lora.evaluation import describe, rank
 from sam3_lora.overview import detections_panel
 from sam3_lora.runlog import RunLog, RunLogError, check_packages, flat_figures
 
@@ -264,6 +264,11 @@ def test_the_better_of_two_validations():
     assert rank(figures, "ap") < rank({**figures, "loss": 1.0}, "ap")
     assert rank(figures, "cgf1") < rank({**figures, "cgf1": 0.0, "loss": 9.0}, "cgf1")
     assert rank(figures, "loss") < rank({**figures, "loss": 1.0, "ap": 0.0}, "loss")
+
+
+def test_the_line_of_a_validation_names_what_is_measured():
+    figures = {"loss": 2.0, "iou": 0.25, "ap": None, "cgf1": None, "false_positive_rate": 0.5}
+    assert describe(figures) == "loss 2, matched IoU 0.25, false_positive_rate 0.5"
 
 
 def test_early_stopping_needs_a_validation_split():

@@ -106,4 +106,4 @@ def test_the_logs_line_is_the_mean_of_its_steps():
     assert (row["it_per_s"], row["img_per_s"]) == (2.0, 6.0)
     text = progress_text(row)
     assert text.startswith("loss 3.000, lr 6.00e-01, 2.00 it/s, 6.0 img/s")
-    assert "train IoU 0.500" in text
+    assert "matched IoU 0.500" in text
