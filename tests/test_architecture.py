@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "intervals": {"coco", "metrics"},
     "report": {"coco", "drawing", "images", "intervals", "overview", "tables"},
     "drawing": {"files"},
-    "runlog": {"drawing", "files"},
+    "runlog": {"checkpoint", "drawing", "files", "layout", "processes"},
     "video": {"checkpoint", "coco", "dataset", "drawing", "evaluation", "files", "forward"}
     | {"geometry", "images", "metrics", "model", "prediction", "processes"},
 }
