@@ -201,9 +201,10 @@ def tell_unknown(texts: Iterable[str], adapter: str, phrases: Mapping[str, str])
     """
     unknown = [t for t in texts if t != VISUAL_PROMPT and not trained_phrase(t, phrases)]
     if unknown and phrases:
+        trained = name_some(phrases.values())
         log.info(
-            "not among the prompts that %s was trained on (%s): %s; what the base model knows of "
-            "such words answers", adapter, name_some(phrases.values()), name_some(unknown)
+            "%s: not among the prompts that %s was trained on (%s); what the base model knows of "
+            "such words answers", name_some(map(repr, unknown)), adapter, trained
         )  # fmt: skip
 
 

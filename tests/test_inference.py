@@ -461,7 +461,7 @@ def test_what_may_have_been_meant_is_told(photo, tmp_path, adapters, capsys) -> 
     assert "not among" not in err and "comma" not in err
     lines, err = ask("rust, oil leak", "car")
     assert err.count("is one prompt") == 1 and '--text_prompt rust "oil leak"\n' in err
-    assert err.count("not among the prompts that a was trained on (car): rust, oil leak; ") == 1
+    assert err.count("'rust, oil leak': not among the prompts that a was trained on (car); ") == 1
 
 
 def test_a_folder_of_images_needs_a_folder(run, photo, tmp_path) -> None:

@@ -123,7 +123,7 @@ def test_a_report_holds_every_figure(run, tmp_path) -> None:
     words = ["--score_threshold", "0.01", "--bootstrap", "50"]
     code, printed, err = run("--report", out, *words)
     assert code == 0, err
-    assert "was trained on (red part): blue part; what the base model knows" in err
+    assert " 'blue part': not among the prompts that " in err and "trained on (red part);" in err
     assert {path.name for path in out.iterdir()} == FILES
     metrics, page = read(out), check_page(out)
     summaries = {"base": metrics["base"], "adapter": metrics}

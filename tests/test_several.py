@@ -219,7 +219,8 @@ def test_prompts_go_to_those_that_were_trained_on_them(adapters, caplog) -> None
     # A class name is the phrase of the adapter that answers, not of another.
     texts, _ = share_out(["oil_leak"], {"oil_leak": {"cracks": 1.0}}, adapters)
     assert texts == ["oil_leak"]
-    assert "that cracks was trained on (crack, both): oil_leak; what the base model" in caplog.text
+    told = "'oil_leak': not among the prompts that cracks was trained on (crack, both); "
+    assert told in caplog.text
     # The same words by two ways stay two prompts.
     texts, blends = share_out(["oil_leak", "oil leak"], {"oil leak": {"base": 1.0}}, adapters)
     assert (texts, blends) == (["oil leak"] * 2, [{"leaks": 1.0}, {}])
@@ -234,7 +235,8 @@ def test_prompts_that_no_training_knew_are_named_once(adapters, caplog) -> None:
     only = {"own": {"categories": phrases}}
     assert share_out(["A", "x", "B Thing", "y"], {}, only)[0] == ["a thing", "x", "b thing", "y"]
     named = "a thing, b thing, c thing, d thing, e thing, f thing, ... and 2 more"
-    assert caplog.text.count(f"that own was trained on ({named}): x, y; what the base") == 1
+    told = f"'x', 'y': not among the prompts that own was trained on ({named}); what the base"
+    assert caplog.text.count(told) == 1
     caplog.clear()
     share_out(["visual", "a"], {}, only)  # an example box alone has no words
     share_out(["x"], {}, {"own": {}})
