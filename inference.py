@@ -406,17 +406,25 @@ def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> No
         raise DatasetError("; ".join(problems[:SHOWN]))
     video.check_frames(clip)
     forward, prompts, thresholds = load(args, options, prompts)
-    frames = video.read_frames(clip)
+    frames, bests = video.read_frames(clip), []
     if args.tracker == "sam3":
         parts = build_tracker(forward.model.name_or_path, forward.model, forward.tokenizer)
         tracked = video.track_sam3(*parts, forward, prompts.texts, thresholds, frames)
     else:
         limits = thresholds, options.hardware.max_rows_per_forward
-        tracked = video.follow(
-            frames, lambda photo: answer(args, forward, photo, prompts, *limits)[0]
-        )
+
+        def look(photo: np.ndarray) -> Detections:
+            found, best = answer(args, forward, photo, prompts, *limits)
+            bests.append(best)
+            return found
+
+        tracked = video.follow(frames, look)
     masks = write_masks if args.save_masks else None
     print(video.write_video(clip, tracked, prompts, outputs, masks), flush=True)
+    if bests and all(score < thresholds[row] for row, score in bests):
+        best = max(bests, key=lambda own: own[1])
+        words = count_words(prompts.texts, {}, thresholds, best)
+        log.info("nothing found: %s; --threshold keeps lower scores", words)
 
 
 @config.user_errors(ConfigError, DatasetError, AdapterError, ModelError)

@@ -201,8 +201,10 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     """What moved, in a sentence, with the interval of each difference."""
     report, images = metrics["report"], metrics["counts"]["images"]
     kind = "mask" if metrics["segm"] else "box"
-    parts = [_moved(name, report["figures"][name]) for name in (f"{kind} AP50", "cgF1")]
-    parts += [_moved(name, report["figures"][name]) for name in LOWER_IS_BETTER]
+    named = {name: report["figures"][name] for name in (f"{kind} AP50", "cgF1", *LOWER_IS_BETTER)}
+    # What the split lacks for the others is told under the figures.
+    defined = [n for n, f in named.items() if {f["base"]["value"], f["adapter"]["value"]} != {None}]
+    parts = [_moved(name, named[name]) for name in defined]
     kept = report["forgetting"]
     if kept["kind"] == "probe":
         name, where = _probe_figure(kept, "AP50"), _count(kept["images"], "probe image")

@@ -436,6 +436,8 @@ def test_the_verdict_says_what_moved_and_what_did_not(metrics) -> None:
     assert "everyday" not in report.verdict(metrics)
     own["mask AP50"]["difference"]["interval"] = None
     assert "mask AP50 0.500 -> 0.500 (+0.000);" in report.verdict(metrics)
+    own[report.ABSENT] = own["cgF1"] = figure(None, None, None)
+    assert "undefined" not in report.verdict(metrics)
 
 
 def test_categories_that_are_part_of_every_word_leave_none_to_ask(metrics) -> None:
