@@ -113,7 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--lora_weights", type=Path, metavar="PATH",
         help="adapter: a file, or the folder that holds it")
-    add("--base", action="store_true", help="the base model alone, without the adapter")
+    add("--base", action="store_true",
+        help="the base model alone: that of --lora_weights, else --model_name")
     add("--data_dir", type=Path, default=Path("data"), metavar="DIR",
         help="data folder, which holds the split")
     add("--split", type=parse_split, default="val", metavar="NAME",

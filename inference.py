@@ -35,9 +35,9 @@ For a video clip.mp4, or a folder of frames named clip, into the folder of --out
     clip.gif                 at most 640 pixels a side and 200 frames
     clip_detections.json     as above, with frame (from 0) and track_id: one
                              object, one id
-Prints a line an image: detections of each prompt, the best score (also one below the threshold),
-the overlay's path; of a video, one line. A file that is no image ends the run before it begins; one
-that turns out to be cut short is left out, and the exit code is 2 at the end.
+Prints a line an image: detections of each prompt, the best score (with its threshold where it is
+below that), the overlay's path; of a video, one line. A file that is no image ends the run before
+it begins; one that turns out to be cut short is left out, and the exit code is 2 at the end.
 
 --tracker iou links detections whose masks overlap from frame to frame; two masks of one object are
 two identities, unless --nms_iou 0.5 drops one. --tracker sam3 runs SAM 3's own video model, with
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="adapter: a file, or a folder with lora_weights.pt (default: the base model alone); "
         "several of one base, each by its run's folder or as NAME=PATH")
     add = parser.add_argument_group("what to find").add_argument
-    add("--text_prompt", nargs="+", default=[], metavar="TEXT", help='such as "red car" bus')
+    add("--text_prompt", nargs="+", default=[], metavar="TEXT", help='"red car" bus: two prompts')
     add("--bboxes", type=parse_boxes, default=[], metavar="JSON",
         help="example boxes '[[x1, y1, x2, y2], ...]' in pixels of the image as shown (in cmd.exe "
         "with double quotes); they go with every text, or alone with the word 'visual'")
