@@ -218,9 +218,9 @@ def describe_dry_run(config: Config) -> str:
     check_trainable(config, has_masks=True)
     device, precision = choose_device(config.hardware.device), config.hardware.mixed_precision
     precision = "bf16" if (precision, device.type) == ("auto", "cpu") else precision
-    log.info("tracing training steps of %s, without weights or data", config.model.name)
     model, stands_in = load_meta_model(config.model.name)
     apply_lora(model, lora_config(config))
+    log.info("tracing training steps of %s, without weights or data", config.model.name)
     forward = build_forward(config, model, None, compute_dtype(precision, device))
     return memory.dry_run_text(forward, stands_in=stands_in, **memory_settings(config, forward))
 
