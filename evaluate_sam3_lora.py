@@ -74,9 +74,8 @@ from sam3_lora.intervals import Evaluated, calibrate, format_thresholds
 from sam3_lora.layout import split_dir
 from sam3_lora.loader import build_loader, epoch_batches
 from sam3_lora.losses import compute_losses, count_targets
-from sam3_lora.metrics import format_comparison, format_summary
 from sam3_lora.model import ModelError, image_size, num_queries
-from sam3_lora.prediction import evaluate_tiles
+from sam3_lora.prediction import evaluate_tiles, tell_unknown
 from sam3_lora.prompts import add_tile_flag, parse_count, parse_split
 from sam3_lora.report import (
     EVERYDAY_WORDS,
@@ -88,6 +87,7 @@ from sam3_lora.report import (
     list_objects,
     verdict,
 )
+from sam3_lora.tables import format_comparison, format_summary
 
 log = logging.getLogger("evaluate")
 
@@ -113,7 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--lora_weights", type=Path, metavar="PATH",
         help="adapter: a file, or the folder that holds it")
-    add("--base", action="store_true", help="the base model alone, without the adapter")
+    add("--base", action="store_true",
+        help="the base model alone: that of --lora_weights, else --model_name")
     add("--data_dir", type=Path, default=Path("data"), metavar="DIR",
         help="data folder, which holds the split")
     add("--split", type=parse_split, default="val", metavar="NAME",
@@ -246,9 +247,14 @@ def choose_more(
     return more, strangers
 
 
-def build_forward(args: argparse.Namespace, config: Config) -> tuple[Forward, str, dict[str, Any]]:
-    """The model to evaluate, what it is, and what its adapter's file holds."""
+def build_forward(
+    args: argparse.Namespace, config: Config, split: CocoSplit
+) -> tuple[Forward, str, dict[str, Any]]:
+    """The model to evaluate on a split, what it is, and what its adapter's file holds."""
     adapter = checkpoint.read_adapter(args.lora_weights) if args.lora_weights else {}
+    if not args.base:
+        asked = [split.phrase(category) for category in split.categories]
+        tell_unknown(asked, str(args.lora_weights), adapter.get("categories", {}))
     name, geometry_cls = resolve_model(asdict(config.model), vars(args), adapter)
     weights = None if args.base else args.lora_weights
     device, precision = config.hardware.device, config.hardware.mixed_precision
@@ -435,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
     more, strangers = choose_more(args, split, config)
     # 2. Every category on every image.
     with processes.joined():
-        forward, subject, adapter = build_forward(args, config)
+        forward, subject, adapter = build_forward(args, config, split)
         log.info("%s on %s", subject, folder)
         batches = build_batches(forward, split, config, compare, args.prompt_with)
         summary, results = run_evaluation(forward, batches, split, config, args.tile)

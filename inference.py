@@ -35,9 +35,9 @@ For a video clip.mp4, or a folder of frames named clip, into the folder of --out
     clip.gif                 at most 640 pixels a side and 200 frames
     clip_detections.json     as above, with frame (from 0) and track_id: one
                              object, one id
-Prints a line an image: detections of each prompt, the best score (also one below the threshold),
-the overlay's path; of a video, one line. A file that is no image ends the run before it begins; one
-that turns out to be cut short is left out, and the exit code is 2 at the end.
+Prints a line an image: detections of each prompt, the best score (with its threshold where it is
+below that), the overlay's path; of a video, one line. A file that is no image ends the run before
+it begins; one that turns out to be cut short is left out, and the exit code is 2 at the end.
 
 --tracker iou links detections whose masks overlap from frame to frame; two masks of one object are
 two identities, unless --nms_iou 0.5 drops one. --tracker sam3 runs SAM 3's own video model, with
@@ -80,6 +80,7 @@ from sam3_lora.prediction import (
     choose_model,
     find,
     keep_boxed,
+    name_some,
     plan_routes,
     read_texts,
     share_out,
@@ -88,6 +89,8 @@ from sam3_lora.prediction import (
 from sam3_lora.prompts import (
     add_tile_flag,
     box_problems,
+    choose_thresholds,
+    count_words,
     parse_boxes,
     parse_count,
     parse_labels,
@@ -103,7 +106,8 @@ log = logging.getLogger("inference")
 # Of the files beside an overlay: no other tool's, such as labelme's photo.json, is replaced.
 JSON_ENDING = "_detections.json"
 NAME_BYTES = 200  # of an image's file: a disk has 255, of which what is added takes some 30
-DEFAULT_THRESHOLD = 0.5  # of the score
+NOTHING = "nothing found in %d of %d images: --threshold keeps lower scores, and "
+NOTHING += "evaluate_sam3_lora.py --calibrate chooses a threshold from annotated photos"
 # Problems that a message lists, and training prompts that the log does.
 SHOWN = 3
 SHOWN_PROMPTS = 10
@@ -126,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="adapter: a file, or a folder with lora_weights.pt (default: the base model alone); "
         "several of one base, each by its run's folder or as NAME=PATH")
     add = parser.add_argument_group("what to find").add_argument
-    add("--text_prompt", nargs="+", default=[], metavar="TEXT", help='such as "red car" bus')
+    add("--text_prompt", nargs="+", default=[], metavar="TEXT", help='"red car" bus: two prompts')
     add("--bboxes", type=parse_boxes, default=[], metavar="JSON",
         help="example boxes '[[x1, y1, x2, y2], ...]' in pixels of the image as shown (in cmd.exe "
         "with double quotes); they go with every text, or alone with the word 'visual'")
@@ -257,9 +261,8 @@ def build_forward(
     log.info("%s with %s on %s", name, ", ".join(adapters) or "no adapter", forward.device)
     for own, adapter in adapters.items():
         if phrases := list(adapter.get("categories", {}).values()):
-            shown, rest = ", ".join(phrases[:SHOWN_PROMPTS]), len(phrases) - SHOWN_PROMPTS
-            more = f", ... and {rest} more" if rest > 0 else ""
-            log.info("%s (%s), training prompts: %s%s", own, adapter["path"], shown, more)
+            shown = name_some(phrases, SHOWN_PROMPTS)
+            log.info("%s (%s), training prompts: %s", own, adapter["path"], shown)
     return forward, plan_routes(forward, blends, adapters)
 
 
@@ -312,30 +315,6 @@ def check_one_way(
             )
 
 
-def choose_thresholds(
-    threshold: float | None,
-    texts: list[str],
-    blends: list[dict[str, float]],
-    adapters: dict[str, dict[str, Any]],
-) -> list[float]:
-    """The lowest score kept of each text: --threshold, else that of its category in the adapter
-    that answers it alone: a blend's scores are others."""
-    if threshold is not None:
-        return [threshold] * len(texts)
-    chosen, shown = [], []
-    for text, weights in zip(texts, blends, strict=True):
-        own = adapters[next(iter(weights))] if list(weights.values()) == [1] else {}
-        by_name = own.get("thresholds", {})
-        # The words that they were chosen with, where the file tells.
-        phrases = own.get("calibration", {}).get("prompts", own.get("categories", {}))
-        stored = by_name | {phrases[name]: by_name[name] for name in by_name if name in phrases}
-        chosen.append(stored.get(text, DEFAULT_THRESHOLD))
-        shown.append(f"{text} {chosen[-1]:.3f}" + (" (stored)" if text in stored else ""))
-    if any(text.endswith("(stored)") for text in shown):
-        log.info("thresholds: %s", ", ".join(shown))
-    return chosen
-
-
 def answer(
     args: argparse.Namespace,
     forward: Forward,
@@ -343,8 +322,8 @@ def answer(
     prompts: Prompts,
     thresholds: list[float],
     max_rows: int,
-) -> tuple[Detections, float]:
-    """What the flags keep of the detections of one image (H, W, 3), and the best score of all."""
+) -> tuple[Detections, tuple[int, float]]:
+    """What the flags keep of the detections of one image (H, W, 3), and the best, as `find`."""
     found, best = find(forward, photo, prompts, thresholds, max_rows, args.tile)
     if args.only_boxed:
         positive = [b for b, label in zip(prompts.boxes_xyxy, prompts.labels, strict=True) if label]
@@ -427,17 +406,25 @@ def run_video(args: argparse.Namespace, options: Config, prompts: Prompts) -> No
         raise DatasetError("; ".join(problems[:SHOWN]))
     video.check_frames(clip)
     forward, prompts, thresholds = load(args, options, prompts)
-    frames = video.read_frames(clip)
+    frames, bests = video.read_frames(clip), []
     if args.tracker == "sam3":
         parts = build_tracker(forward.model.name_or_path, forward.model, forward.tokenizer)
         tracked = video.track_sam3(*parts, forward, prompts.texts, thresholds, frames)
     else:
         limits = thresholds, options.hardware.max_rows_per_forward
-        tracked = video.follow(
-            frames, lambda photo: answer(args, forward, photo, prompts, *limits)[0]
-        )
+
+        def look(photo: np.ndarray) -> Detections:
+            found, best = answer(args, forward, photo, prompts, *limits)
+            bests.append(best)
+            return found
+
+        tracked = video.follow(frames, look)
     masks = write_masks if args.save_masks else None
     print(video.write_video(clip, tracked, prompts, outputs, masks), flush=True)
+    if bests and all(score < thresholds[row] for row, score in bests):
+        best = max(bests, key=lambda own: own[1])
+        words = count_words(prompts.texts, {}, thresholds, best)
+        log.info("nothing found: %s; --threshold keeps lower scores", words)
 
 
 @config.user_errors(ConfigError, DatasetError, AdapterError, ModelError)
@@ -478,12 +465,13 @@ def main(argv: list[str] | None = None) -> int:
             own = write_image(args, image_id, path, overlay, photo, found, prompts)
             rows += own
             counts = Counter(row["category_id"] for row in own)
-            texts = ", ".join(
-                f"{config.shorten(t)} {counts[i]}" for i, t in enumerate(prompts.texts, 1)
-            )
-            print(f"{path.name}: {texts}, best score {best:.3f}, {overlay}", flush=True)
+            words = count_words(prompts.texts, counts, thresholds, best)
+            print(f"{path.name}: {words}, {overlay}", flush=True)
         everywhere = [row for part in processes.gather(rows) for row in part]
         left_out = [reason for part in processes.gather(unread) for reason in part]
+    blank = len(images) - len(left_out) - len({row["image_id"] for row in everywhere})
+    if blank and args.threshold is None:
+        log.info(NOTHING, blank, len(images))
     if args.json and processes.is_main():
         write_json(args.json, sorted(everywhere, key=lambda row: row["image_id"]))
     if left_out:

@@ -92,6 +92,8 @@ demo() {
     echo "before and after   $out/evaluation/panel.png"
     echo "loss curve         $out/curves.png"
     echo "overlays           $out/text.png $out/box.png $out/text_and_box.png"
+    echo "                   a box is an example: without a word, like kinds are told apart less"
+    echo "                   well, so box.png may mark a burn mark beside the oil leaks"
     echo "for stock PEFT     $out/peft"
 }
 

@@ -220,6 +220,7 @@ def describe_dry_run(config: Config) -> str:
     precision = "bf16" if (precision, device.type) == ("auto", "cpu") else precision
     model, stands_in = load_meta_model(config.model.name)
     apply_lora(model, lora_config(config))
+    log.info("tracing training steps of %s, without weights or data", config.model.name)
     forward = build_forward(config, model, None, compute_dtype(precision, device))
     return memory.dry_run_text(forward, stands_in=stands_in, **memory_settings(config, forward))
 
@@ -272,8 +273,9 @@ def describe_run(run: Run) -> None:
         log.info("validation: %d images, %d times", len(run.val_set), times)
     if run.forward.compiled:
         log.info("compiling: minutes at the first step, and at each new size of a batch")
-    masks, validation = run.forward.masks, run.val_set is not None
-    for words in find_notices(run.config, split, run.plan, masks=masks, validation=validation):
+    val = run.val_set.split if run.val_set else None
+    has = {"masks": run.forward.masks, "validation": val is not None, "val": val}
+    for words in find_notices(run.config, split, run.plan, **has):
         log.warning("%s", words)
 
 
@@ -367,6 +369,7 @@ def step_records(run: Run) -> tuple[Iterator[dict[str, Any]], int]:
     training, hardware = run.config.training, run.config.hardware
     pin = run.forward.device.type == "cuda"
     order = run.at.step, training.batch_size, training.seed
+    length = run.plan.total_steps, run.plan.warmup_steps
     loader, sizes = rest_of_epoch(run.train_set, run.plan, *order, hardware.num_workers, pin)
     records = engine.train_one_epoch(
         run.forward,
@@ -374,9 +377,7 @@ def step_records(run: Run) -> tuple[Iterator[dict[str, Any]], int]:
         count_targets,
         run.cache.filled(loader) if run.cache else loader,
         run.optimizer,
-        lambda s: engine.lr_factor(
-            training.lr_schedule, s, run.plan.total_steps, run.plan.warmup_steps
-        ),
+        lambda step: engine.lr_factor(training.lr_schedule, step, *length),
         run.limits,
         step=run.at.step,
         sizes=sizes,
@@ -407,7 +408,8 @@ def train_epoch(run: Run, epoch: int) -> None:
 def log_steps(run: Run, epoch: int) -> str:
     """Logs the means of the steps since the last line; returns them for eyes."""
     row = runlog.mean_record(run.at.records, run.forward.device)
-    run.at.records, text = [], runlog.progress_text(row)
+    run.at.records = []
+    text = runlog.progress_text(row, run.at.seconds_left(run.plan.total_steps))
     if run.runlog:
         run.runlog.add_row({**row, "epoch": epoch + 1})
         log.info("step %d/%d: %s", run.at.step, run.plan.total_steps, text)
@@ -426,15 +428,13 @@ def end_step(run: Run) -> None:
 
 def train(run: Run) -> None:
     """All epochs."""
+    run.at.begin()
     if run.at.step:
         end_step(run)  # a checkpoint may have come before an evaluation of its step
     while run.at.step < run.plan.total_steps and not run.at.stopped:
         train_epoch(run, run.at.step // run.plan.steps_per_epoch)
     if run.at.records:
         log_steps(run, (run.at.step - 1) // run.plan.steps_per_epoch)
-    if run.at.stopped:
-        text = f"{run.at.stale} evaluations without a better {run.config.evaluation.best_metric}"
-        log.info("stopped early at step %d: %s", run.at.step, text)
 
 
 def train_or_save(run: Run) -> None:
@@ -488,9 +488,11 @@ def main(argv: list[str] | None = None) -> int:
             train_or_save(run)
         if run.runlog:
             save_model(run, "last_model")
-    if run.skips.total:
-        log.info("%d steps left out, as not finite: see train.log", run.skips.total)
-    log.info("done: %s", run.folder / "best_model" / checkpoint.ADAPTER_FILE)
+    if run.runlog:
+        folders = [own.split.annotations_file.parent for own in (run.train_set, run.val_set) if own]
+        how = config.evaluation.best_metric, config.hardware.device, run.skips.total
+        for line in runlog.describe_end(run.at, run.folder / "best_model", folders, *how):
+            log.info("%s", line)
     return 0
 
 

@@ -24,13 +24,14 @@ loader      items to batches: order, number of steps, worker processes, collate_
 matching    which query learns which target, and the box arithmetic of the loss
 losses      the criterion: a dict of named losses
 metrics     box and mask AP, cgF1 and its factors, mask IoU
+tables      figures as tables for a terminal; what a split lacks for some
 memory      predicted peak GPU memory of training, the largest batch
 processes   several processes of a run, as torchrun starts them; signals that end it
 engine      the only batch loop: training, evaluation, schedule, seeding
 features    the cache of frozen parts' features
 evaluation  outputs to detections, a split to its metrics; a model ready to run
 prediction  prompts on a photo: texts and boxes to detections; their routes over adapters
-prompts     what a user asks on the command line: texts, boxes, routes
+prompts     what a user asks on the command line: texts, boxes, routes, thresholds
 video       frames: detections that keep an identity, overlays, a GIF
 files       writing files: whole or not at all
 checkpoint  the adapter file and the resume state

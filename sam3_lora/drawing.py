@@ -438,7 +438,7 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[list[dict], str,
         "learning rate": [(rows, "lr", "lr")],
         "validation loss": [(validation, "loss", "loss")],
         "validation quality": [(validation, name, name) for name in QUALITY_KEYS],
-        "mean IoU": [(rows, "train_iou", "training"), (validation, "iou", "validation")],
+        "matched IoU": [(rows, "train_iou", "training"), (validation, "iou", "validation")],
     }
 
 

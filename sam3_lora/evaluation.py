@@ -300,6 +300,8 @@ def rank(figures: dict[str, Any], metric: str) -> list[float]:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """Named figures on one line."""
-    parts = [f"{k} {'undefined' if v is None else format(v, '.4g')}" for k, v in figures.items()]
+    """Named figures on one line, without those that are undefined."""
+    # IoU of the query matched to each object, whatever its score: not evaluation's IoUs.
+    names = {"iou": "matched IoU"}
+    parts = (f"{names.get(k, k)} {v:.4g}" for k, v in figures.items() if v is not None)
     return ", ".join(parts)

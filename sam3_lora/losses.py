@@ -310,6 +310,19 @@ class MaskLosses(torch.autograd.Function):
         return gradient, None, None, None
 
 
+class KeptByMasks(MaskLosses):
+    """What `MaskLosses` keeps, without its work: for a prediction of memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(torch.empty_like(logits), torch.empty_like(logits))
+        focal, dice, iou = (logits.new_empty(len(logits)) for _ in range(3))
+        ctx.mark_non_differentiable(iou)
+        return focal, dice, iou
+
+
 def focal_and_dice(
     logits: torch.Tensor, target: torch.Tensor, alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from lora_layers import count_parameters, lora_modules, lora_table
 from sam3_lora.forward import TEXT, Forward, Outputs
-from sam3_lora.losses import FOCAL_ALPHA, MASKS_AT_ONCE, MaskLosses
+from sam3_lora.losses import FOCAL_ALPHA, MASKS_AT_ONCE, KeptByMasks, MaskLosses
 from sam3_lora.model import CONTEXT_LENGTH, cast_towers, image_size, train_adapted
 
 # CUDA's caching allocator gives blocks of whole multiples of this (c10 CUDACachingAllocator.cpp).
@@ -411,24 +411,25 @@ def _trace_step(
 def _loss(outputs: Outputs, size: int, count: int, kind: str) -> torch.Tensor:
     """A sum that keeps and makes what `compute_losses` does.
 
-    Its large tensors are those of masks: the matched ones of a row at a time, a few together,
-    and every row's semantic map. The matching itself, boxes and scores are small.
+    Its large tensors are those of masks: a row's matched ones, a few together, and semantic maps.
     """
     total = sum(v.float().sum() for k, v in outputs.items() if k not in ("pixel_embed", "semantic"))
     if "pixel_embed" not in outputs:
         return total
-    count = min(count, MASKS_AT_ONCE)
     pixels = outputs["pixel_embed"].unbind()
-    masks = [torch.empty(count, size, size, dtype=torch.bool) for _ in pixels]
+    # Rows are alike: it is the last that is worked on while all the others keep theirs.
+    losses = [KeptByMasks] * (len(pixels) - 1) + [MaskLosses]
+    shape = min(count, MASKS_AT_ONCE), size, size
+    masks = [torch.empty(shape, dtype=torch.bool) for _ in pixels]
     for name in ("mask_embed", "o2m_mask_embed"):
         embed = outputs[name].unbind() if name in outputs else ()
-        for query, row, own in zip(embed, pixels, masks, strict=bool(embed)):
-            query = query[:count].to(row.dtype)
+        for query, row, own, loss in zip(embed, pixels, masks, losses, strict=bool(embed)):
+            query = query[: len(own)].to(row.dtype)
             logits = torch.einsum("mc,chw->mhw", query, row).float()
-            found = MaskLosses.apply(logits, own.clone(), kind, FOCAL_ALPHA)
+            found = loss.apply(logits, own.clone(), kind, FOCAL_ALPHA)
             total = total + found[0].sum() + found[1].sum()
-    for semantic, own in zip(outputs["semantic"].unbind(), masks, strict=True):
-        found = MaskLosses.apply(semantic[None], own.any(0, keepdim=True), "full", FOCAL_ALPHA)
+    for semantic, own, loss in zip(outputs["semantic"].unbind(), masks, losses, strict=True):
+        found = loss.apply(semantic[None], own.any(0, keepdim=True), "full", FOCAL_ALPHA)
         total = total + found[0].sum() + found[1].sum()
     return total
 

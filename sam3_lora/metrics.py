@@ -29,7 +29,6 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 IOU_50, IOU_75 = 0, 5  # indices into IOU_THRESHOLDS
 OBJECT_EPS = 1e-4  # cgf1_eval.py, in the denominators over objects
 PAIR_EPS = 1e-6  # cgf1_eval.py, in the denominators over pairs
-EMPTY_LISTED = 10  # categories without an object that the table lists; more are counted
 ALL_AREAS = [0.0, 1e10]  # pixels^2, COCOeval's range "all"
 
 # Of one image: what `select_detections` returns, and "rles", a compressed mask of the image's size
@@ -428,72 +427,3 @@ class DetectionAccumulator:
             absent = split.categories.keys() - present
             counts.append((len(absent & fired), len(absent)))
         return np.array(counts, dtype=np.int64).reshape(-1, 2)
-
-
-def format_summary(summary: dict[str, Any]) -> str:
-    """The summary (see `DetectionAccumulator.summary`) as a table; None reads "undefined"."""
-    cg, counts = summary["cgf1"], summary["counts"]
-    geometry = "masks" if cg["iou_type"] == "segm" else "boxes"
-    pairs = f"{cg['positive_pairs']} positive and {cg['negative_pairs']} negative pairs"
-    fired = f"{counts['false_positive_pairs']} of {counts['absent_pairs']} absent prompts fired"
-    figures = [
-        ("cgF1", cg["cgF1"], f"(pmF1 x IL_MCC, on {geometry}; {pairs})"),
-        ("cgF1@0.5", cg["cgF1@0.5"], ""),
-        ("pmF1", cg["pmF1"], ""),
-        ("IL_MCC", cg["IL_MCC"], ""),
-        ("mask IoU", summary["mask_iou"], ""),
-        ("box IoU", summary["box_iou"], ""),
-        ("false-positive rate", summary["false_positive_rate"], f"({fired})"),
-    ]
-    lines = [*_ap_rows(summary), "", f"at score >= {summary['score_threshold']:g}:"]
-    lines += [f"{name:<19}  {_cell(value):>9}  {note}".rstrip() for name, value, note in figures]
-    return "\n".join(lines)
-
-
-def format_comparison(base: dict[str, Any], adapter: dict[str, Any]) -> str:
-    """The main figures of two summaries (see `DetectionAccumulator.summary`) side by side."""
-    columns = [_main_figures(base), _main_figures(adapter)]
-    width = max(map(len, columns[0]))
-    lines = [f"{'':<{width}}" + "".join(f"  {t:>10}" for t in ("base", "adapter", "difference"))]
-    for name, (a, b) in ((name, [c[name] for c in columns]) for name in columns[0]):
-        # Adding 0 turns -0.0 into 0.0.
-        change = "undefined" if a is None or b is None else f"{round(b - a, 3) + 0.0:+.3f}"
-        lines.append(f"{name:<{width}}  {_cell(a):>10}  {_cell(b):>10}  {change:>10}")
-    return "\n".join(lines)
-
-
-def _main_figures(summary: dict[str, Any]) -> dict[str, float | None]:
-    """What a comparison shows of a summary."""
-    blocks = {"box": summary["bbox"], "mask": summary["segm"] or {}}
-    return {
-        **{f"{kind} {m}": block.get(m) for kind, block in blocks.items() for m in ("AP", "AP50")},
-        **{name: summary["cgf1"][name] for name in ("cgF1@0.5", "cgF1", "IL_MCC", "pmF1")},
-        "mask IoU": summary["mask_iou"],
-        "false positives on absent prompts": summary["false_positive_rate"],
-    }
-
-
-def _ap_rows(summary: dict[str, Any]) -> list[str]:
-    """AP and AP50 of each category and of all, for boxes and, where there are, masks; more than
-    `EMPTY_LISTED` categories without an object are counted instead."""
-    blocks = {"box": summary["bbox"], "mask": summary["segm"]}
-    blocks = {kind: block for kind, block in blocks.items() if block}
-    rows = [("prompt", "objects", [f"{k} {m}" for k in blocks for m in ("AP", "AP50")])]
-    empty = sum(not entry["objects"] for entry in summary["bbox"]["per_category"])
-    for entries in zip(*(block["per_category"] for block in blocks.values()), strict=True):
-        if empty > EMPTY_LISTED and not entries[0]["objects"]:
-            continue
-        cells = [_cell(entry[m]) for entry in entries for m in ("AP", "AP50")]
-        rows.append((entries[0]["prompt"], entries[0]["objects"], cells))
-    totals = [_cell(block[m]) for block in blocks.values() for m in ("AP", "AP50")]
-    rows.append(("all", summary["counts"]["objects"], totals))
-    width = max(len(prompt) for prompt, _, _ in rows)
-    lines = [f"{p:<{width}}  {n:>7}" + "".join(f"  {c:>9}" for c in cells) for p, n, cells in rows]
-    if empty > EMPTY_LISTED:
-        lines.append(f"{empty} categories without an object: not listed")
-    return lines
-
-
-def _cell(value: float | None) -> str:
-    """A metric as text."""
-    return "undefined" if value is None else f"{value:.3f}"

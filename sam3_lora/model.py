@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import enable_progress_bars
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -104,8 +106,13 @@ def load_video_model(name: str) -> Sam3VideoModel:
 
 def _load_weights(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
     """A model of a class, in fp32, frozen and in eval mode; ModelError unless all of it is read."""
+    cached = (try_to_load_from_cache(name, file) for file in ("model.safetensors", INDEX))
+    there = Path(name).is_dir() or any(isinstance(path, str) for path in cached)
+    log.info("loading %s" if there else "downloading %s from the hub, once; SAM 3 has 3.4 GB", name)
     try:
         with _quiet_library():
+            if not there and processes.shows_progress():  # minutes
+                enable_progress_bars()
             model, report = kind.from_pretrained(
                 name,
                 dtype=torch.float32,

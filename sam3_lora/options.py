@@ -202,7 +202,7 @@ def _holds_cwd(folder: Path) -> bool:
 
 
 def find_notices(
-    config: Config, train: Any, plan: Any, *, masks: bool, validation: bool
+    config: Config, train: Any, plan: Any, *, masks: bool, validation: bool, val: Any = None
 ) -> list[str]:
     """What the data does not allow, or makes of the options; for warnings.
 
@@ -212,10 +212,12 @@ def find_notices(
         plan: the run's length, a `loader.Plan`.
         masks: whether training compares masks.
         validation: whether there is a validation split.
+        val: that split; None where it cannot be read.
     """
     training, count, words = config.training, len(train.images), []
     if not validation:
         words.append("no validation split: the last adapter will be the best_model")
+    words += _find_undefined(val) if val else []
     if not any(train.annotations.values()):
         words.append("the training split has no object: every prompt is trained as absent")
     elif not masks:
@@ -237,6 +239,20 @@ def find_notices(
     if plan.warmup_steps < training.warmup_steps:
         words.append(f"warmup_steps: {plan.warmup_steps}, a tenth of this short run")
     return words
+
+
+def _find_undefined(val: Any) -> list[str]:
+    """Figures that a validation split has nothing to count for."""
+    present = [{a["category_id"] for a in val.annotations[image["id"]]} for image in val.images]
+    if not any(present):
+        figures = "ap, ap50, cgf1 and iou cannot be measured, and the loss chooses the best_model"
+        return [f"the validation split has no object: {figures}"]
+    if any(len(own) < len(val.categories) for own in present):
+        return []
+    return [
+        "no image of the validation split lacks a category: cgf1 and false_positive_rate cannot be "
+        "measured; keep images without the object to measure false alarms"
+    ]
 
 
 def find_idle(config: Config, evaluations: int) -> list[str]:

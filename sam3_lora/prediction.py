@@ -41,7 +41,7 @@ from sam3_lora.evaluation import (
     resolve_model,
     summarize,
 )
-from sam3_lora.forward import PER_ROW, Forward
+from sam3_lora.forward import PER_ROW, VISUAL_PROMPT, Forward
 from sam3_lora.images import read_image
 from sam3_lora.model import image_size
 from sam3_lora.tiles import merge_views, view_windows
@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 BASE = "base"
 # The share of a detection's box inside a positive box prompt from which `keep_boxed` keeps it.
 BOXED_SHARE = 0.5
+MOST_NAMED = 6  # prompts that a line of the log lists
 
 # By name, what `checkpoint.read_adapter` gives and the file's `path`.
 Adapters = Mapping[str, dict[str, Any]]
@@ -162,24 +163,78 @@ def share_out(
     phrases = {name: adapter.get("categories", {}) for name, adapter in adapters.items()}
     rows: list[tuple[str, dict[str, float]]] = []
     for text in texts:
-        trained = [n for n, own in phrases.items() if text in own or text in own.values()]
+        trained = [name for name, own in phrases.items() if trained_phrase(text, own)]
+        if "," in text and not trained:
+            _tell_list(text)
         chosen = trained or (adapters if len(adapters) == 1 else ())
         equal = dict.fromkeys(chosen, 1 / max(len(chosen), 1))
         weights = wanted.get(text, equal)
         if wanted or len(adapters) > 1:
             shown = " + ".join(f"{weight:.3g} x {name}" for name, weight in weights.items())
             log.info("prompt %r goes to %s", text, shown or "the base model alone")
-        row = _trained_phrase(text, ChainMap(*map(phrases.get, weights))), weights
+        phrase = trained_phrase(text, ChainMap(*map(phrases.get, weights)))
+        if phrase not in (None, text):
+            log.info("prompt %r: the adapter was trained with %r, which is used", text, phrase)
+        row = phrase or text, weights
         rows += [row] if row not in rows else []
+    _tell_answers(rows, phrases)
     return [text for text, _ in rows], [weights for _, weights in rows]
 
 
-def _trained_phrase(text: str, phrases: Mapping[str, str]) -> str:
-    """A prompt or, of a class name, the phrase that stands for it in training."""
-    if text not in phrases or text in phrases.values():
+def trained_phrase(text: str, phrases: Mapping[str, str]) -> str | None:
+    """The phrase of an adapter's training, of `phrases` by class name, that a prompt is or is the
+    class name of, in large letters or small, which SAM 3 reads as one; None for another prompt."""
+    if text in phrases.values():
         return text
-    log.info("prompt %r: the adapter was trained with %r, which is used", text, phrases[text])
-    return phrases[text]
+    small = {name.lower(): phrase for name, phrase in phrases.items()}
+    small |= {phrase.lower(): phrase for phrase in phrases.values()}
+    return phrases.get(text) or small.get(text.lower())
+
+
+def tell_unknown(texts: Iterable[str], adapter: str, phrases: Mapping[str, str]) -> None:
+    """Says which prompts an adapter was not trained on.
+
+    Args:
+        texts: the prompts.
+        adapter: what to call it.
+        phrases: those that it was trained on, by class name; nothing is said without any.
+    """
+    unknown = [t for t in texts if t != VISUAL_PROMPT and not trained_phrase(t, phrases)]
+    if unknown and phrases:
+        trained = name_some(phrases.values())
+        log.info(
+            "%s: not among the prompts that %s was trained on (%s); what the base model knows of "
+            "such words answers", name_some(map(repr, unknown)), adapter, trained
+        )  # fmt: skip
+
+
+def _tell_answers(
+    rows: Sequence[tuple[str, Mapping[str, float]]], phrases: Mapping[str, Mapping[str, str]]
+) -> None:
+    """`tell_unknown` of all prompts that the same adapters answer."""
+    answered: dict[tuple[str, ...], list[str]] = {}
+    for text, weights in rows:
+        answered.setdefault(tuple(weights), []).append(text)
+    for names, texts in answered.items():
+        if all(phrases[name] for name in names):  # an adapter from elsewhere may not say
+            tell_unknown(texts, ", ".join(names), ChainMap(*map(phrases.get, names)))
+
+
+def name_some(words: Iterable[str], most: int = MOST_NAMED) -> str:
+    """The first of some words, and how many there are beyond."""
+    words = list(words)
+    more = f", ... and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+def _tell_list(text: str) -> None:
+    """Warns of a prompt that may have been meant as several."""
+    parts = (part.strip() for part in text.split(","))
+    parts = [f'"{part}"' if " " in part else part for part in parts if part]
+    log.warning(
+        "--text_prompt: %r is one prompt, with a comma in it; several are separate words: "
+        "--text_prompt %s", text, " ".join(parts)
+    )  # fmt: skip
 
 
 def plan_routes(
@@ -261,7 +316,7 @@ def find(
     thresholds: Sequence[float],
     max_rows: int,
     tile: float | None = None,
-) -> tuple[Detections, float]:
+) -> tuple[Detections, tuple[int, float]]:
     """Runs all prompts on one image, with one pass of the vision tower for each of its views, or
     one for each view and route that adapts it.
 
@@ -274,12 +329,14 @@ def find(
         tile: as for `search`.
 
     Returns:
-        (detections as `join_detections`, best first; the best score, kept or not).
+        (detections as `join_detections`, best first; of the best one, kept or not, which prompt's
+        it is, from 0, and its score).
     """
     # The best one stays whatever its score, to be named.
     found = search(forward, photo, prompts, max_rows, 1, min(thresholds), tile)
     kept = found["score"] >= np.asarray(thresholds)[found["category_id"] - 1]
-    return take(found, np.flatnonzero(kept)), found["score"][0]
+    best = found["category_id"][0] - 1, found["score"][0]
+    return take(found, np.flatnonzero(kept)), best
 
 
 @torch.no_grad()

@@ -179,7 +179,7 @@ def _check_run(report: Report, config: Config, parts: Parts, known: Known) -> An
         check_stopping(config, known.validates)
         plan = parts.plan(config.training, len(train_set))
         report.add(_check_length(plan, known.state))
-        has = {"masks": train_set.has_masks(), "validation": known.validates}
+        has = {"masks": train_set.has_masks(), "validation": known.validates, "val": known.val}
         for words in find_notices(config, known.train, plan, **has):
             report.add(Finding("warning", "run", words))
         return train_set

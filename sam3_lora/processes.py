@@ -97,14 +97,19 @@ def _told(items: Iterable[Any], what: str, total: int | None) -> Iterator[Any]:
         yield item
 
 
-def resume_command(script: str, config: Path) -> str:
-    """The command line that goes on with a run, in as many processes as this one has."""
+def command_line(script: str | Path, *words: str) -> str:
+    """The command line of a script, from here, in as many processes as this one has."""
     launch = "python"
     if count() > 1:
         launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', count())}"
     with suppress(ValueError):  # on another drive of Windows there is no way from here
         script = os.path.relpath(script)
-    return f"{launch} {shlex.join([script, '--config', str(config), '--resume'])}"
+    return f"{launch} {shlex.join([str(script), *words])}"
+
+
+def resume_command(script: str, config: Path) -> str:
+    """The command line that goes on with a run."""
+    return command_line(script, "--config", str(config), "--resume")
 
 
 @contextmanager

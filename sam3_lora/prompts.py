@@ -1,4 +1,4 @@
-"""What a user asks for on the command line: texts, example boxes, routes over adapters.
+"""What a user asks for on the command line: texts, example boxes, routes over adapters, thresholds.
 
 The `parse_*` functions are types of argparse's flags.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from sam3_lora.images import UNSAFE
 from sam3_lora.prediction import Prompts
 from sam3_lora.tiles import LEAST_SHARE
 
+log = logging.getLogger(__name__)
+
+DEFAULT_THRESHOLD = 0.5  # of the score
 # The largest weight of an adapter in a blend; minus it is the smallest.
 MAX_WEIGHT = 10
 # Digits of a count: more is a slip.
@@ -196,3 +200,47 @@ def box_problems(path: Path, width: int, height: int, boxes_xyxy: list[list[floa
     outside = [b for b in boxes_xyxy if min(b) < 0 or b[2] > width or b[3] > height]
     form = "a box is two corners, x1, y1, x2, y2, not a corner with width and height"
     return [f"{wanted}, found {_show_box(box)}; {form}" for box in outside]
+
+
+def choose_thresholds(
+    threshold: float | None,
+    texts: list[str],
+    blends: list[dict[str, float]],
+    adapters: dict[str, dict[str, Any]],
+) -> list[float]:
+    """The lowest score kept of each text: --threshold, else that of its category in the adapter
+    that answers it alone: a blend's scores are others."""
+    if threshold is not None:
+        return [threshold] * len(texts)
+    chosen, shown = [], []
+    for text, weights in zip(texts, blends, strict=True):
+        own = adapters[next(iter(weights))] if list(weights.values()) == [1] else {}
+        by_name = own.get("thresholds", {})
+        # The words that they were chosen with, where the file tells.
+        phrases = own.get("calibration", {}).get("prompts", own.get("categories", {}))
+        stored = by_name | {phrases[name]: by_name[name] for name in by_name if name in phrases}
+        chosen.append(stored.get(text, DEFAULT_THRESHOLD))
+        shown.append(f"{text} {chosen[-1]:.3f}" + (" (stored)" if text in stored else ""))
+    if any(text.endswith("(stored)") for text in shown):
+        log.info("thresholds: %s", ", ".join(shown))
+    return chosen
+
+
+def count_words(
+    texts: Sequence[str],
+    counts: Mapping[int, int],
+    thresholds: Sequence[float],
+    best: tuple[int, float],
+) -> str:
+    """How many of each prompt an image has, for a line, and the best score.
+
+    Args:
+        texts, thresholds, best: as for `prediction.find`.
+        counts: category_id -> detections.
+    """
+    parts = [f"{shorten(text)} {counts.get(i, 0)}" for i, text in enumerate(texts, start=1)]
+    row, score = best
+    if score >= thresholds[row]:
+        return ", ".join([*parts, f"best score {score:.3f}"])
+    parts[row] += f" (best score {score:.3f}, below {thresholds[row]:.3g})"
+    return ", ".join(parts)

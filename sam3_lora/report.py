@@ -28,6 +28,7 @@ from sam3_lora.intervals import (
     rank_images,
 )
 from sam3_lora.overview import EMPTY_LISTED, draw_objects
+from sam3_lora.tables import why_undefined
 
 PANEL_TITLES = ("annotation", "base model", "adapter")
 EXAMPLES = 4  # images in each of the two lists, best and worst
@@ -200,8 +201,10 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     """What moved, in a sentence, with the interval of each difference."""
     report, images = metrics["report"], metrics["counts"]["images"]
     kind = "mask" if metrics["segm"] else "box"
-    parts = [_moved(name, report["figures"][name]) for name in (f"{kind} AP50", "cgF1")]
-    parts += [_moved(name, report["figures"][name]) for name in LOWER_IS_BETTER]
+    named = {name: report["figures"][name] for name in (f"{kind} AP50", "cgF1", *LOWER_IS_BETTER)}
+    # What the split lacks for the others is told under the figures.
+    defined = [n for n, f in named.items() if {f["base"]["value"], f["adapter"]["value"]} != {None}]
+    parts = [_moved(name, named[name]) for name in defined]
     kept = report["forgetting"]
     if kept["kind"] == "probe":
         name, where = _probe_figure(kept, "AP50"), _count(kept["images"], "probe image")
@@ -322,7 +325,7 @@ def build_page(
         f'<p class="verdict">{escape(verdict(metrics).replace("->", "→"))}</p>',
         f'<p class="facts">{"<br>".join(map(escape, facts))}</p>',
         _warning(few),
-        _figures_section(report["figures"], bool(metrics["segm"])),
+        _figures_section(report["figures"], bool(metrics["segm"]), why_undefined(metrics)),
         _categories_section(report["per_category"], bool(metrics["segm"])),
         _words_section(report["out_of_domain"], counts["images"]),
         _forgetting_section(report["forgetting"]),
@@ -350,8 +353,8 @@ def _warning(text: str) -> str:
     return f'<p class="note warn">{escape(text)}</p>\n' if text else ""
 
 
-def _figures_section(figures: Mapping[str, Any], has_masks: bool) -> str:
-    """Every figure of both models."""
+def _figures_section(figures: Mapping[str, Any], has_masks: bool, lacks: list[str]) -> str:
+    """Every figure of both models, over what the split `lacks` for some of them."""
     rows = []
     for name, figure in figures.items():
         if name.startswith("mask") and not has_masks:
@@ -361,7 +364,7 @@ def _figures_section(figures: Mapping[str, Any], has_masks: bool) -> str:
     note = _warning("" if has_masks else "The split has no masks: box figures only.")
     models = [f'<b style="color:{COLORS[side]}">&bull;</b>&nbsp;{side}' for side in COLORS]
     table = _table(["", *models, "difference", '<span class="spread">0 to 1</span>'], rows)
-    return f"<h2>Figures</h2>\n{note}{table}"
+    return f"<h2>Figures</h2>\n{note}{table}{_warning(''.join(lacks))}"
 
 
 def _categories_section(rows: Sequence[Mapping[str, Any]], has_masks: bool) -> str:

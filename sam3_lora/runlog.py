@@ -22,7 +22,9 @@ import platform
 import secrets
 import subprocess
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +33,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter
 from sam3_lora.drawing import draw_curves
 from sam3_lora.files import telling, write_picture, write_text
+from sam3_lora.layout import annotation_file
+from sam3_lora.processes import command_line
 
 try:
     import resource
@@ -40,6 +45,7 @@ except ImportError:  # Windows has no such module
     resource = None
 
 LOG_FILE = "log.jsonl"
+EVALUATE = Path(__file__).resolve().parent.parent / "evaluate_sam3_lora.py"
 TABLE_FILE = "metrics.csv"
 WANDB_ID_FILE = "wandb_id.txt"
 # Optional package -> what is imported of it.
@@ -58,6 +64,7 @@ class Progress:
         best, stale: the best evaluation's figure (`evaluation.rank`), and evaluations since.
         evaluated, figure, val: step of the last evaluation, its figure, all its figures by name.
         patience: evaluations without a better one that end a run; None: it goes on.
+        began: step and time, as of `time.monotonic`, at which this process took the run up.
     """
 
     step: int = 0
@@ -68,6 +75,7 @@ class Progress:
     figure: list[float] | None = None
     val: dict[str, Any] = field(default_factory=dict)
     patience: int | None = None
+    began: tuple[int, float] | None = None
 
     @property
     def stopped(self) -> bool:
@@ -85,6 +93,17 @@ class Progress:
         """What a checkpoint keeps; `figure` is None where this step was not evaluated."""
         figure = self.figure if self.evaluated == self.step else None
         return {"figure": figure, **{name: getattr(self, name) for name in RESUMED}}
+
+    def begin(self) -> None:
+        """Notes where and when this process takes the run up."""
+        self.began = self.step, time.monotonic()
+
+    def seconds_left(self, total_steps: int) -> float | None:
+        """What the run still takes at its pace so far, evaluations and all; None: not known."""
+        step, then = self.began or (self.step, 0.0)
+        if self.stopped or not step < self.step < total_steps:
+            return None
+        return (total_steps - self.step) * (time.monotonic() - then) / (self.step - step)
 
     def ending(self, total_steps: int) -> str:
         """What to do about a run that has nothing left to train, for a message; else nothing."""
@@ -209,16 +228,53 @@ def mean_record(records: list[dict[str, Any]], device: torch.device) -> dict[str
     return row
 
 
-def progress_text(row: dict[str, Any]) -> str:
-    """A line of the log for eyes."""
+def progress_text(row: dict[str, Any], seconds_left: float | None = None) -> str:
+    """A line of the log for eyes, with the time that the run still takes, if that is known."""
     text = f"loss {row['loss']:.3f}, " if "loss" in row else ""
     text += f"{row['skipped']:.0f} left out, " if "skipped" in row else ""
     text += f"lr {row['lr']:.2e}, {row['it_per_s']:.2f} it/s, {row['img_per_s']:.1f} img/s"
     if "train_iou" in row:
-        text += f", train IoU {row['train_iou']:.3f}"
+        text += f", matched IoU {row['train_iou']:.3f}"
     if "memory_gb" in row:
         text += f", {row['memory_gb']:.2f} GB ({row['memory_percent']:.0f} %)"
-    return text
+    return text if seconds_left is None else f"{text}, {_show_time(seconds_left)} left"
+
+
+def _show_time(seconds: float) -> str:
+    """A time as a person would say it."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def describe_end(
+    at: Progress, best: Path, splits: Sequence[Path], metric: str, device: str, skipped: int
+) -> list[str]:
+    """How a run went, which adapter is its best, and the next command, in lines for the log.
+
+    Args:
+        at: where it stands.
+        best: folder of that adapter.
+        splits: folder of the training split and, if there is one, of the validation split.
+        metric: figure that chose the adapter.
+        device: `hardware.device`.
+        skipped: steps left out.
+    """
+    lines = [f"{skipped} steps left out, as not finite: see train.log"] * (skipped > 0)
+    if at.stopped:
+        stale = f"{at.stale} evaluations without a better {metric}"
+        lines.append(f"stopped early at step {at.step}: {stale}")
+    adapter = read_adapter(best)
+    value = adapter["metrics"].get(metric)
+    figure = "" if value is None else f", {metric} {value:.3f}"
+    lines.append(f"done: {best.name} is step {adapter['step']}{figure}: {best / ADAPTER_FILE}")
+    tests = [folder.parent / "test" for folder in splits[:1]]
+    if measured := [folder for folder in tests if annotation_file(folder)] + [*splits[1:]]:
+        words = ["--lora_weights", str(best), "--data_dir", str(measured[0].parent)]
+        words += ["--split", measured[0].name] + ["--device", device] * (device != "auto")
+        lines.append(f"next: {command_line(EVALUATE, *words)}")
+    return lines
 
 
 class RunLog:

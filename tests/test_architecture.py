@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 42
+MAX_PACKAGE_FILES = 43
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -54,9 +54,9 @@ MAY_IMPORT = {
     "exchange": {"checkpoint", "lora_layers"},
     "card": {"model"},
     "intervals": {"coco", "metrics"},
-    "report": {"coco", "drawing", "images", "intervals", "overview"},
+    "report": {"coco", "drawing", "images", "intervals", "overview", "tables"},
     "drawing": {"files"},
-    "runlog": {"drawing", "files"},
+    "runlog": {"checkpoint", "drawing", "files", "layout", "processes"},
     "video": {"checkpoint", "coco", "dataset", "drawing", "evaluation", "files", "forward"}
     | {"geometry", "images", "metrics", "model", "prediction", "processes"},
 }

@@ -123,12 +123,12 @@ def test_of_many_images_a_part_is_opened(split_dir, monkeypatch):
 
 def notices(split_dir, images: int | None = None, **changed) -> list[str]:
     training = dataclasses.replace(Config().training, **{"batch_size": 2, **changed})
-    split = read_split(split_dir)
+    split = val = read_split(split_dir)
     if images:
         split = dataclasses.replace(split, images=split.images[:1] * images)
     plan = Plan(len(split.images), training.batch_size, 10, None, training.warmup_steps)
     config = dataclasses.replace(Config(), training=training)
-    return find_notices(config, split, plan, masks=True, validation=True)
+    return find_notices(config, split, plan, masks=True, validation=True, val=val)
 
 
 def test_a_sound_run_has_no_notice(split_dir):
@@ -157,6 +157,23 @@ def test_data_without_validation_objects_or_masks(split_dir):
     empty = dataclasses.replace(split, annotations={key: [] for key in split.annotations})
     text = " ".join(find_notices(Config(), empty, plan, masks=False, validation=True))
     assert "has no object" in text and "has no masks" not in text
+
+
+def test_figures_that_validation_cannot_give_are_told_once_before(split_dir):
+    split, plan = read_split(split_dir), Plan(200, 2, 10, None, 0)
+
+    def told(val) -> list[str]:
+        words = find_notices(Config(), split, plan, masks=True, validation=True, val=val)
+        return [text for text in words if "cannot be measured" in text]
+
+    assert told(split) == [] == told(None)
+    full = dataclasses.replace(split, images=split.images[:2])
+    assert told(full) == [
+        "no image of the validation split lacks a category: cgf1 and false_positive_rate cannot be "
+        "measured; keep images without the object to measure false alarms"
+    ]
+    (text,) = told(dataclasses.replace(split, images=split.images[-1:]))
+    assert text.startswith("the validation split has no object: ap, ap50, cgf1 and iou")
 
 
 # Whole runs ---------------------------------------------------------------------------------------

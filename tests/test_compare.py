@@ -13,7 +13,7 @@ from lora_layers import LoRAConfig, lora_modules, remove_lora
 from sam3_lora import checkpoint, evaluation, report
 from sam3_lora.coco import CocoSplit
 from sam3_lora.drawing import CELL_SIZE, GUTTER, PALETTE, draw_panel, to_cell
-from sam3_lora.metrics import format_comparison
+from sam3_lora.tables import format_comparison
 
 LORA = LoRAConfig(
     rank=2,
@@ -182,6 +182,7 @@ def test_the_table_of_both() -> None:
     figures = dict.fromkeys(("cgF1@0.5", "cgF1", "IL_MCC", "pmF1"), 0.5)
     base = {"bbox": {"AP": 0.25, "AP50": None}, "segm": None, "cgf1": figures, "mask_iou": None}
     base["false_positive_rate"] = 0.9
+    base["counts"] = {"objects": 2, "objects_with_mask": 1, "absent_pairs": 3}
     adapter = {**base, "bbox": {"AP": 0.75, "AP50": 0.8}, "false_positive_rate": 0.1}
     lines = format_comparison(base, adapter).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 11
@@ -193,6 +194,11 @@ def test_the_table_of_both() -> None:
     assert rows["false positives on absent prompts"] == ["0.900", "0.100", "-0.800"]
     adapter["false_positive_rate"] = 0.9 - 1e-6
     assert format_comparison(base, adapter).endswith(" +0.000")
+    base["counts"] |= {"objects_with_mask": 0, "absent_pairs": 0}
+    assert format_comparison(base, adapter).splitlines()[11:] == [
+        "undefined: no object has a mask; no image lacks a category: keep images without the "
+        "object to measure false alarms"
+    ]
 
 
 def flat(height: int, width: int, color: int) -> np.ndarray:

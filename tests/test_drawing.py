@@ -248,7 +248,7 @@ def test_training_and_validation_loss_have_axes_of_their_own(tmp_path, monkeypat
         "learning rate": {"lr"},
         "validation loss": {"loss"},
         "validation quality": {"ap", "ap50", "cgf1"},
-        "mean IoU": {"training", "validation"},
+        "matched IoU": {"training", "validation"},
     }
 
 

@@ -237,7 +237,8 @@ def test_threshold_leaves_nothing_but_still_names_the_best_score(run, photo, tmp
         "--image", photo, "--text_prompt", "x", "--threshold", 1, "--output", output
     )
     assert code == 0 and read_json(tmp_path / "r_detections.json") == []
-    assert "x 0, best score 0." in lines[0] and "best score 0.000" not in lines[0]
+    score = re.fullmatch(rf"photo.jpg: x 0 \(best score (0\.\d+), below 1\), {output}", lines[0])
+    assert 0 < float(score[1]) < 1
     assert np.array_equal(np.asarray(Image.open(output)), read_image(photo))
 
 
@@ -440,6 +441,27 @@ def test_a_class_name_stands_for_its_trained_phrase(run, photo, tmp_path, adapte
     assert {row["category_id"]: row["prompt"] for row in rows} == names
     assert "prompt 'bottle_cap': the adapter was trained with 'bottle cap'" in err
     assert err.count("which is used") == 1 and "thing 6, ... and 2 more\n" in err
+
+
+def test_what_may_have_been_meant_is_told(photo, tmp_path, adapters, capsys) -> None:
+    path = shutil.copy(adapters / "zero.pt", tmp_path / "a.pt")
+    checkpoint.store_thresholds(path, {"car": 1.0}, {})
+    words = ["--image", photo, "--output", tmp_path / "r.png", "--device", "cpu"]
+    words += ["--lora_weights", path, "--text_prompt"]
+
+    def ask(*prompts: str) -> tuple[list[str], str]:
+        assert inference.main([*map(str, words), *prompts]) == 0
+        printed = capsys.readouterr()
+        return printed.out.splitlines(), printed.err
+
+    lines, err = ask("CAR")
+    assert "prompt 'CAR': the adapter was trained with 'car', which is used" in err
+    assert re.match(r"photo.jpg: car 0 \(best score 0\.\d+, below 1\), ", lines[0])
+    assert "nothing found in 1 of 1 images: --threshold keeps lower scores" in err
+    assert "not among" not in err and "comma" not in err
+    lines, err = ask("rust, oil leak", "car")
+    assert err.count("is one prompt") == 1 and '--text_prompt rust "oil leak"\n' in err
+    assert err.count("'rust, oil leak': not among the prompts that a was trained on (car); ") == 1
 
 
 def test_a_folder_of_images_needs_a_folder(run, photo, tmp_path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_layers import COMPONENTS, LoRAConfig, apply_lora, count_parameters
-from sam3_lora import engine, memory
+from sam3_lora import engine, losses, memory
 from sam3_lora.forward import Forward
 from sam3_lora.losses import compute_losses, count_targets
 from sam3_lora.model import (
@@ -104,6 +104,24 @@ def test_prediction_is_near_a_tracked_step(tiny_model_dir, lora, checkpointing):
     static = ("weights", "adapters", "optimizer")  # the optimizer's state is not tracked
     predicted = parts["peak"] - sum(parts[name] for name in static)
     assert predicted == pytest.approx(peak - before, rel=0.15)
+
+
+@pytest.mark.parametrize("mask_loss", ["full", "native", "points"])
+def test_rows_that_are_alike_are_traced_once(tiny_model_dir, monkeypatch, mask_loss):
+    forward, drawn = describe(tiny_model_dir, MINIMAL), []
+    original = losses.focal_and_dice
+
+    def counted(*args):
+        drawn.append(len(args))  # not the maps themselves, which would stay
+        return original(*args)
+
+    monkeypatch.setattr(losses, "focal_and_dice", counted)
+    settings = SIZES | {"objects": OBJECTS, "mask_loss": mask_loss}
+    parts = memory.predict(forward, **settings)
+    assert len(drawn) == 3  # of both branches and the semantic map
+    monkeypatch.setattr(memory, "KeptByMasks", losses.MaskLosses)
+    assert memory.predict(forward, **settings) == parts
+    assert len(drawn) == 3 + 3 * SIZES["max_rows"]
 
 
 def test_parts_are_exact_and_sum_up(tiny_model_dir):

@@ -19,10 +19,10 @@ from sam3_lora.metrics import (
     cgf1,
     coco_ap,
     coco_results,
-    format_summary,
     mean_object_iou,
     select_detections,
 )
+from sam3_lora.tables import format_summary
 
 GOLDEN = Path(__file__).parent / "golden"
 SIDE = 100  # of the images made here, pixels
@@ -206,7 +206,16 @@ def test_no_objects_at_all():
     assert summary["bbox"]["AP"] is None and summary["segm"] is None
     assert summary["cgf1"]["cgF1"] is None and summary["box_iou"] is None
     assert summary["false_positive_rate"] == 0.5
-    assert "undefined" in format_summary(summary)
+    assert format_summary(summary).splitlines()[-1] == "undefined: no image has an object"
+
+
+def test_what_a_split_lacks_is_told_under_its_table():
+    split = split_of({1: [an_object(1, 1, [0, 0, 20, 20])]}, {1: "dog"})
+    lines = format_summary(summary_of(split, {1: found()})).splitlines()
+    assert sum("undefined" in line for line in lines) == 5  # cgF1 twice, IL_MCC, the rate, why
+    why = "no image lacks a category: keep images without the object to measure false alarms"
+    assert lines[-1] == f"undefined: {why}"
+    assert "undefined:" not in format_summary(summary_of(two_images(), {1: found(), 2: found()}))
 
 
 def test_no_categories():

@@ -1,15 +1,21 @@
 """Our forward equals `Sam3Model.forward`, in values and in gradients; what cannot be loaded."""
 
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import Sam3Model
 
+from sam3_lora import model as model_module
+from sam3_lora import processes
 from sam3_lora.forward import Forward, predict_masks
 from sam3_lora.model import (
+    PUBLISHED,
     ModelError,
     cast_towers,
     compute_dtype,
@@ -342,3 +348,25 @@ def test_a_prompt_that_is_cut_or_not_english_is_told_once(loaded, caplog) -> Non
     assert len(told) == 2, told
     assert "has 35 tokens, of which SAM 3 reads the first 32; shorten it" in told[0]
     assert told[1].startswith("the prompt 'красная машина': expected English words")
+
+
+def test_loading_and_downloading_are_told(tiny_model_dir, hub_cache, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    load_model(str(tiny_model_dir))
+    assert caplog.messages == [f"loading {tiny_model_dir}"]
+    bars = []
+
+    class Absent:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            bars.append(not are_progress_bars_disabled())
+            raise OSError("no network")
+
+    for cache, shown in ((hub_cache, False), (tmp_path, True), (tmp_path, False)):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(processes, "shows_progress", lambda shown=shown: shown)
+        with pytest.raises(ModelError, match="no network"):
+            model_module._load_weights(Absent, PUBLISHED)
+    assert caplog.messages[1] == "loading facebook/sam3"
+    assert caplog.messages[2].startswith("downloading facebook/sam3 from the hub, once; ")
+    assert bars == [False, True, False]  # a bar on a terminal alone

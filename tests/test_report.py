@@ -123,6 +123,7 @@ def test_a_report_holds_every_figure(run, tmp_path) -> None:
     words = ["--score_threshold", "0.01", "--bootstrap", "50"]
     code, printed, err = run("--report", out, *words)
     assert code == 0, err
+    assert " 'blue part': not among the prompts that " in err and "trained on (red part);" in err
     assert {path.name for path in out.iterdir()} == FILES
     metrics, page = read(out), check_page(out)
     summaries = {"base": metrics["base"], "adapter": metrics}
@@ -405,6 +406,9 @@ def test_a_page_says_how_it_was_asked(metrics) -> None:
     assert "asked with a box in place of their text" in text(prompt_with="box")
     assert "asked with a box and their text" in text(prompt_with="both")
     assert "asked with their text" in text(prompt_with="all")
+    assert "undefined: no image lacks a category" not in text()
+    counts = {**metrics["counts"], "absent_pairs": 0}
+    assert "undefined: no image lacks a category: keep images" in text(counts=counts)
 
 
 def test_the_verdict_says_what_moved_and_what_did_not(metrics) -> None:
@@ -432,6 +436,8 @@ def test_the_verdict_says_what_moved_and_what_did_not(metrics) -> None:
     assert "everyday" not in report.verdict(metrics)
     own["mask AP50"]["difference"]["interval"] = None
     assert "mask AP50 0.500 -> 0.500 (+0.000);" in report.verdict(metrics)
+    own[report.ABSENT] = own["cgF1"] = figure(None, None, None)
+    assert "undefined" not in report.verdict(metrics)
 
 
 def test_categories_that_are_part_of_every_word_leave_none_to_ask(metrics) -> None:

@@ -13,11 +13,19 @@ import torch
 from runs import read_log, run_flags
 
 import train_sam3_lora
+from lora_layers import LoRAConfig
 from sam3_lora.coco import read_split
 from sam3_lora.config import Config, ConfigError, check_stopping, load_config
-from sam3_lora.evaluation import rank
+from sam3_lora.evaluation import describe, rank
 from sam3_lora.overview import detections_panel
-from sam3_lora.runlog import RunLog, RunLogError, check_packages, flat_figures
+from sam3_lora.runlog import (
+    Progress,
+    RunLog,
+    RunLogError,
+    check_packages,
+    describe_end,
+    flat_figures,
+)
 
 ROWS = [
     {"step": 1, "lr": 1e-4, "loss": 12.5, "epoch": 1},
@@ -266,6 +274,38 @@ def test_the_better_of_two_validations():
     assert rank(figures, "loss") < rank({**figures, "loss": 1.0, "ap": 0.0}, "loss")
 
 
+def test_the_line_of_a_validation_names_what_is_measured():
+    figures = {"loss": 2.0, "iou": 0.25, "ap": None, "cgf1": None, "false_positive_rate": 0.5}
+    assert describe(figures) == "loss 2, matched IoU 0.25, false_positive_rate 0.5"
+
+
+def test_a_run_ends_with_its_best_and_the_next_command(
+    tmp_path, monkeypatch, save_random_adapter, tiny_model_dir
+):
+    monkeypatch.chdir(tmp_path)
+    lora, best = LoRAConfig(1, 1.0, 0.0, ("v_proj",), ("detr_decoder",)), Path("run/best_model")
+    figures = {"step": 200, "metrics": {"ap": 0.4124, "cgf1": None}, "geometry_cls": "meta"}
+    save_random_adapter(best / "lora_weights.pt", tiny_model_dir, lora, **figures)
+    at, splits = (
+        Progress(step=300, stale=2, patience=2),
+        [Path("my data/train"), Path("my data/valid")],
+    )
+    stopped, done, following = describe_end(at, best, splits, "ap", "cpu", 0)
+    assert stopped == "stopped early at step 300: 2 evaluations without a better ap"
+    assert done == "done: best_model is step 200, ap 0.412: run/best_model/lora_weights.pt"
+    words = "--lora_weights run/best_model --data_dir 'my data' --split valid --device cpu"
+    assert following.endswith(f"evaluate_sam3_lora.py {words}") and following.startswith(
+        "next: python "
+    )
+    at.patience = None
+    left_out, done = describe_end(at, best, splits[:1], "cgf1", "auto", 3)
+    assert left_out.startswith("3 steps left out")
+    assert done == "done: best_model is step 200: run/best_model/lora_weights.pt"
+    Path("my data/test").mkdir(parents=True)
+    Path("my data/test/annotations.json").touch()
+    assert describe_end(at, best, splits, "ap", "auto", 0)[-1].endswith("'my data' --split test")
+
+
 def test_early_stopping_needs_a_validation_split():
     check_stopping(Config(), has_validation=False)
     asked = load_config(None, {"early_stopping_patience": 2})
@@ -340,6 +380,9 @@ def test_an_early_stop_is_exact_and_stays(train, scripted, tmp_path, caplog):
     scripted(0.1, 0.2, 0.1, 0.15)
     assert train(run, *flags, "--early_stopping_patience", "2") == 0
     assert "stopped early at step 4: 2 evaluations without a better ap" in caplog.text
+    assert f"done: best_model is step 2, ap 0.200: {run / 'best_model'}" in caplog.text
+    assert "step 3/7: " in caplog.text and caplog.text.count(" s left\n") == 1
+    assert caplog.text.count("loading ") == 1
     whole = adapter_of(run)
     assert whole["step"] == 4 and adapter_of(run, "best_model")["step"] == 2
     assert (run / "curves.png").is_file()

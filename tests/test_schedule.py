@@ -10,7 +10,7 @@ from torch import nn
 
 from sam3_lora.engine import build_optimizer, lr_factor, seed_everything
 from sam3_lora.loader import Plan
-from sam3_lora.runlog import mean_record, memory_use, progress_text
+from sam3_lora.runlog import Progress, mean_record, memory_use, progress_text
 
 # The learning rate --------------------------------------------------------------------------------
 
@@ -106,4 +106,20 @@ def test_the_logs_line_is_the_mean_of_its_steps():
     assert (row["it_per_s"], row["img_per_s"]) == (2.0, 6.0)
     text = progress_text(row)
     assert text.startswith("loss 3.000, lr 6.00e-01, 2.00 it/s, 6.0 img/s")
-    assert "train IoU 0.500" in text
+    assert "matched IoU 0.500" in text and "left" not in text
+    for seconds, words in ((4.4, "4 s"), (89, "89 s"), (90, "2 min"), (7199, "2 h 00 min")):
+        assert progress_text(row, seconds) == f"{text}, {words} left"
+
+
+def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch):
+    clock = iter((100.0, 108.0, 109.0))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    at = Progress(step=40)
+    assert at.seconds_left(100) is None  # not begun
+    at.begin()
+    assert at.seconds_left(100) is None  # a resumed run has no pace yet
+    at.step = 44
+    assert at.seconds_left(100) == 112.0
+    assert at.seconds_left(45) == 2.25
+    at.step = 100
+    assert at.seconds_left(100) is None and "began" not in at.state()

@@ -175,7 +175,8 @@ def test_a_run_stays_where_the_next_one_cannot_keep_its_features(
 def test_dry_run_writes_nothing(tiny_model_dir, tmp_path, capsys):
     args = run_flags(tiny_model_dir, tmp_path / "no_data", tmp_path / "run", "--dry_run")
     assert train_sam3_lora.main(args) == 0
-    text = capsys.readouterr().out
+    text, err = capsys.readouterr()
+    assert f"tracing training steps of {tiny_model_dir}" in err
     assert "detr_decoder.layers.*.self_attn.(q_proj|k_proj|v_proj|o_proj)" in text
     assert "for batch_size 2, 3 prompts an image, 8 rows per forward, bfloat16" in text
     assert "largest batch_size" in text and "24 GiB" in text

@@ -215,15 +215,37 @@ def test_prompts_go_to_those_that_were_trained_on_them(adapters, caplog) -> None
     assert "prompt 'both' goes to 0.5 x cracks + 0.5 x leaks" in log
     assert "prompt 'dog' goes to the base model alone" in log
     assert "prompt 'car' goes to the base model alone" in log
+    assert "not among" not in log  # the base alone answers; what rust was trained on is not known
     # A class name is the phrase of the adapter that answers, not of another.
     texts, _ = share_out(["oil_leak"], {"oil_leak": {"cracks": 1.0}}, adapters)
     assert texts == ["oil_leak"]
+    told = "'oil_leak': not among the prompts that cracks was trained on (crack, both); "
+    assert told in caplog.text
     # The same words by two ways stay two prompts.
     texts, blends = share_out(["oil_leak", "oil leak"], {"oil leak": {"base": 1.0}}, adapters)
     assert (texts, blends) == (["oil leak"] * 2, [{"leaks": 1.0}, {}])
     assert share_out(["car"], {}, {}) == (["car"], [{}])
     only = {"base": adapters["rust"]}  # of a run in a folder of that name
     assert share_out(["car"], {}, only) == (["car"], [{"base": 1.0}])
+
+
+def test_prompts_that_no_training_knew_are_named_once(adapters, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    phrases = {name: f"{name} thing" for name in "abcdefgh"}
+    only = {"own": {"categories": phrases}}
+    assert share_out(["A", "x", "B Thing", "y"], {}, only)[0] == ["a thing", "x", "b thing", "y"]
+    named = "a thing, b thing, c thing, d thing, e thing, f thing, ... and 2 more"
+    told = f"'x', 'y': not among the prompts that own was trained on ({named}); what the base"
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    share_out(["visual", "a"], {}, only)  # an example box alone has no words
+    share_out(["x"], {}, {"own": {}})
+    assert "not among" not in caplog.text
+    # A phrase with a comma is one prompt.
+    share_out(["nut, bolt"], {}, {"own": {"categories": {"nut": "nut, bolt"}}})
+    assert "comma" not in caplog.text
+    share_out(["nut, long bolt"], {}, {})
+    assert 'are separate words: --text_prompt nut "long bolt"' in caplog.text
 
 
 def test_adapters_of_two_kinds_are_refused(adapters) -> None:

@@ -239,7 +239,8 @@ def test_each_view_is_seen_once_and_the_best_of_all_are_kept(loaded, monkeypatch
     everything = prediction.search(forward, pixels, prompts, 2, 1000, 0.0, 0.6)
     assert found["score"].tolist() == everything["score"][:5].tolist()
     kept, best = prediction.find(forward, pixels, prompts, [1.0] * 3, 2, 0.6)
-    assert len(kept["score"]) == 0 and best == everything["score"][0]
+    first = everything["category_id"][0] - 1, everything["score"][0]
+    assert len(kept["score"]) == 0 and best == first
     with pytest.raises(ValueError, match="no box prompts"):
         boxed = prediction.Prompts(["a"], [[1.0, 1, 9, 9]], [1])
         prediction.search(forward, pixels, boxed, 2, 5, 0.5, 0.6)
@@ -315,8 +316,8 @@ def test_without_tiles_the_same_is_found_as_in_batches(adapter, data_dir, tmp_pa
     argv += ["--num_workers", 0, "--output_dir", tmp_path]
     assert evaluate_sam3_lora.main([str(word) for word in argv]) == 0
     args = evaluate_sam3_lora.build_parser().parse_args([str(word) for word in argv])
-    forward, *_ = evaluate_sam3_lora.build_forward(args, evaluate_sam3_lora.config_from_args(args))
-    split = read_split(data_dir / "val")
+    split, options = read_split(data_dir / "val"), evaluate_sam3_lora.config_from_args(args)
+    forward, *_ = evaluate_sam3_lora.build_forward(args, options, split)
     limits = {"max_rows": 8, "max_detections": 100, "score_threshold": 0.5}
     summary, results = prediction.evaluate_tiles(forward, split, split.images, None, **limits)
     assert results == json.loads((tmp_path / "detections.json").read_text())

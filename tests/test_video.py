@@ -303,7 +303,16 @@ def test_a_folder_of_frames_through_the_script(run, tmp_path):
             assert np.array_equal(np.asarray(Image.open(path)) > 0, mask)
     code, _, err = run(*words, "--json", tmp_path / "rows.json", "--bboxes", "[[9, 9, 50, 40]]")
     assert code == 0 and "clip_frames is of an earlier run: renamed to" in err
+    assert "nothing found" not in err
     assert "clip_masks is of an earlier run" in err and (tmp_path / "rows.json").is_file()
+
+
+def test_of_a_video_without_a_find_the_best_score_is_told(run, tmp_path):
+    folder, out = save_frames(tmp_path / "clip", 2), tmp_path / "out"
+    words = ["--video", folder, "--text_prompt", "x", "--output", out, "--threshold", 1]
+    code, lines, err = run(*words)
+    assert code == 0 and lines[0].startswith("clip: x 0 in 2 frames, ")
+    assert re.search(r"nothing found: x 0 \(best score 0\.\d+, below 1\); --threshold keeps", err)
 
 
 def bad_video(kind: str, folder: Path) -> Path:
