@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "features": {"dataset", "files", "forward", "loader", "processes"},
     "memory": {"forward", "lora_layers", "losses", "model"},
     "preflight": {"checkpoint", "coco", "config", "features", "files", "forward"}
-    | {"lora_layers", "memory", "model", "options", "overview", "packages", "runlog"},
+    | {"layout", "lora_layers", "memory", "model", "options", "overview", "packages", "runlog"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
     | {"images", "metrics", "model", "tiles"},
     "prompts": {"config", "forward", "geometry", "images", "prediction", "tiles"},
