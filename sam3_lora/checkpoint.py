@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 import random
 import re
@@ -36,8 +35,6 @@ from lora_layers import (
 )
 from sam3_lora.files import check_writable, discard, remove, sync, write_atomically
 from sam3_lora.model import fingerprint
-
-log = logging.getLogger(__name__)
 
 ADAPTER_FILE = "lora_weights.pt"
 STATE_FILE = "training_state.pt"

@@ -34,15 +34,10 @@ from lora_layers import (
 from sam3_lora import coco
 from sam3_lora.checkpoint import load_adapter
 from sam3_lora.dataset import place_on_canvas
-from sam3_lora.evaluation import (
-    Detections,
-    detect_more,
-    join_detections,
-    resolve_model,
-    summarize,
-)
+from sam3_lora.evaluation import detect_more, join_detections, resolve_model, summarize
 from sam3_lora.forward import PER_ROW, VISUAL_PROMPT, Forward
 from sam3_lora.images import read_image
+from sam3_lora.metrics import Detections
 from sam3_lora.model import image_size
 from sam3_lora.tiles import merge_views, view_windows
 

@@ -57,8 +57,8 @@ MAY_IMPORT = {
     "report": {"coco", "drawing", "images", "intervals", "overview", "tables"},
     "drawing": {"files"},
     "runlog": {"checkpoint", "drawing", "files", "layout", "processes"},
-    "video": {"checkpoint", "coco", "dataset", "drawing", "evaluation", "files", "forward"}
-    | {"geometry", "images", "metrics", "model", "prediction", "processes"},
+    "video": {"coco", "dataset", "drawing", "files", "forward", "geometry", "images", "metrics"}
+    | {"model", "prediction", "processes"},
 }
 # What scripts of a folder share; `rivals` is for all benchmarks.
 SHARED_BY_SCRIPTS = {
@@ -162,6 +162,12 @@ def test_imports_follow_the_table(path: Path) -> None:
     assert ours <= allowed, f"{name_of(path)} imports {sorted(ours - allowed)}"
     relative = [name for name in imports_of(tree_of(path)) if name.startswith(".")]
     assert relative == [], f"{name_of(path)}: write `from sam3_lora.x import y`"
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_the_table_allows_no_more_than_is_imported(name: str) -> None:
+    unused = MAY_IMPORT[name] - our_imports_of(PACKAGE / f"{name}.py")
+    assert unused == set(), f"{name} imports none of {sorted(unused)}: take it out of the table"
 
 
 @each(PRODUCT_FILES)
