@@ -471,7 +471,7 @@ def main(argv: list[str] | None = None) -> int:
     with processes.joined():
         # 1. Packages, folder and data before weights: their faults show in seconds.
         output, data, most = config.output, config.training, config.evaluation.max_val_images
-        runlog.check_packages(tensorboard=output.tensorboard, wandb=output.wandb)
+        runlog.check_optional_packages(tensorboard=output.tensorboard, wandb=output.wandb)
         checkpoint.check_folder(output.output_dir, output.resume)
         splits = read_splits(data.train_data_path, data.val_data_path, most)
         check_stopping(config, splits[1] is not None)

@@ -137,7 +137,7 @@ def check(report: Report, config: Config, parts: Parts) -> int:
     output, training, known = config.output, config.training, Known()
     report.add(check_python(), check_packages())
     with report.part("packages"):
-        runlog.check_packages(tensorboard=output.tensorboard, wandb=output.wandb)
+        runlog.check_optional_packages(tensorboard=output.tensorboard, wandb=output.wandb)
     with suppress(ModelError):  # `check_weights` tells
         known.model, _ = load_meta_model(config.model.name, local=True)
     with report.part("device"):
