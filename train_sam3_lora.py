@@ -5,7 +5,7 @@
     python train_sam3_lora.py --config configs/base_config.yaml --check
     python train_sam3_lora.py --config configs/base_config.yaml --resume
 
-Every flag is a key of --config's YAML file, and goes before it; all have a default. Ctrl-C and
+Every flag is a key of --config's YAML file, and overrides it; all have a default. Ctrl-C and
 SIGTERM end a run after its step, with a checkpoint and the command to go on with (exit code 130 and
 143). torchrun --nproc_per_node N train_sam3_lora.py ... trains in N processes: a step has
 batch_size x gradient_accumulation_steps images for each, and a resumed run keeps their number.
