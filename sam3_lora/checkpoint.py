@@ -321,9 +321,10 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         AdapterError: absent, damaged, or of another step than the folder's.
     """
-    state, step = _read(folder / STATE_FILE), _step(folder)
-    if not isinstance(state, dict) or state.get("step") != step:
-        raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
+    with _telling_damage(folder):
+        state, step = _read(folder / STATE_FILE), _step(folder)
+        if not isinstance(state, dict) or state.get("step") != step:
+            raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
     return state
 
 
@@ -347,8 +348,9 @@ def restore(
     Raises:
         AdapterError: it is damaged, or the model is another one.
     """
+    state = read_checkpoint(folder)
     with _telling_damage(folder):
-        content, state = read_adapter(folder), read_checkpoint(folder)
+        content = read_adapter(folder)
     check_base(content, model, folder)
     load_lora_state_dict(model, content["lora"])
     with _telling_damage(folder):

@@ -289,6 +289,7 @@ def test_a_run_to_go_on_with(checked, no_trace, train_args, tmp_path):
     (tmp_path / "run" / "checkpoint-6" / "training_state.pt").write_text("damaged")
     code, lines = checked("--resume")
     assert code == 2 and names(lines, "error") == ["output"]
+    assert any("remove that folder to go on from" in line for line in lines)
 
 
 @pytest.mark.scripts
