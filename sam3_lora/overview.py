@@ -17,6 +17,7 @@ from sam3_lora.faults import Fault, record_faults, refuse_fatal, set_faults
 from sam3_lora.images import read_image
 from sam3_lora.layout import find_split, load_json
 from sam3_lora.packages import Finding
+from sam3_lora.tables import EMPTY_LISTED
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ PANEL_IMAGES = 4
 MOST_OPENED = 2000
 MOST_NAMED = 6  # prompts that are listed
 HARMLESS = ("empty images",)  # kinds of faults that are no reason to change anything
-EMPTY_LISTED = 10  # categories without an object; of more, the summary gives the number
 
 
 def _count(split: CocoSplit) -> tuple[dict[str, int], Counter]:

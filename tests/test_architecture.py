@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "faults": {"geometry", "images", "layout", "processes"},
     "images": {"geometry"},
     "repair": {"coco", "faults", "geometry", "images", "layout"},
-    "overview": {"coco", "drawing", "faults", "images", "layout", "packages"},
+    "overview": {"coco", "drawing", "faults", "images", "layout", "packages", "tables"},
     "formats": {"coco", "faults", "images", "layout", "shapes"},
     "shapes": {"coco", "faults", "geometry", "images", "layout"},
     "mask_images": {"coco", "shapes", "images"},
