@@ -133,7 +133,8 @@ def check_output(output: Path, overwrite: bool, inputs: list[Path]) -> Path:
     names = {path.name for path in place.iterdir()} if place.is_dir() else set()
     is_export = CARD in names and names & {PEFT_CONFIG, "config.json"}
     if overwrite and (names or place.is_file()) and not is_export:
-        raise ConfigError(f"--overwrite: expected an earlier export in {output}, found other files")
+        found = "found other files; name another place, or leave it out to have them renamed"
+        raise ConfigError(f"--overwrite: expected an earlier export in {output}, {found}")
     return place
 
 

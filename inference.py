@@ -66,12 +66,12 @@ from sam3_lora.checkpoint import ADAPTER_FILE, read_adapter
 from sam3_lora.coco import DatasetError
 from sam3_lora.config import Config, ConfigError
 from sam3_lora.drawing import draw_overlay
-from sam3_lora.evaluation import Detections, load_forward
+from sam3_lora.evaluation import load_forward
 from sam3_lora.files import check_writable, set_aside, write_json, write_picture
 from sam3_lora.flags import FlagParser, add_config_flags, expand
 from sam3_lora.forward import Forward
 from sam3_lora.images import IMAGE_SUFFIXES, image_size, list_images, read_image
-from sam3_lora.metrics import coco_results
+from sam3_lora.metrics import Detections, coco_results
 from sam3_lora.model import ModelError, build_tracker
 from sam3_lora.prediction import (
     BASE,

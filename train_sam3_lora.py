@@ -5,7 +5,7 @@
     python train_sam3_lora.py --config configs/base_config.yaml --check
     python train_sam3_lora.py --config configs/base_config.yaml --resume
 
-Every flag is a key of --config's YAML file, and goes before it; all have a default. Ctrl-C and
+Every flag is a key of --config's YAML file, and overrides it; all have a default. Ctrl-C and
 SIGTERM end a run after its step, with a checkpoint and the command to go on with (exit code 130 and
 143). torchrun --nproc_per_node N train_sam3_lora.py ... trains in N processes: a step has
 batch_size x gradient_accumulation_steps images for each, and a resumed run keeps their number.
@@ -471,7 +471,7 @@ def main(argv: list[str] | None = None) -> int:
     with processes.joined():
         # 1. Packages, folder and data before weights: their faults show in seconds.
         output, data, most = config.output, config.training, config.evaluation.max_val_images
-        runlog.check_packages(tensorboard=output.tensorboard, wandb=output.wandb)
+        runlog.check_optional_packages(tensorboard=output.tensorboard, wandb=output.wandb)
         checkpoint.check_folder(output.output_dir, output.resume)
         splits = read_splits(data.train_data_path, data.val_data_path, most)
         check_stopping(config, splits[1] is not None)

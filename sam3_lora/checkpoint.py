@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 import random
 import re
@@ -36,8 +35,6 @@ from lora_layers import (
 )
 from sam3_lora.files import check_writable, discard, remove, sync, write_atomically
 from sam3_lora.model import fingerprint
-
-log = logging.getLogger(__name__)
 
 ADAPTER_FILE = "lora_weights.pt"
 STATE_FILE = "training_state.pt"
@@ -324,9 +321,10 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         AdapterError: absent, damaged, or of another step than the folder's.
     """
-    state, step = _read(folder / STATE_FILE), _step(folder)
-    if not isinstance(state, dict) or state.get("step") != step:
-        raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
+    with _telling_damage(folder):
+        state, step = _read(folder / STATE_FILE), _step(folder)
+        if not isinstance(state, dict) or state.get("step") != step:
+            raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
     return state
 
 
@@ -350,8 +348,9 @@ def restore(
     Raises:
         AdapterError: it is damaged, or the model is another one.
     """
+    state = read_checkpoint(folder)
     with _telling_damage(folder):
-        content, state = read_adapter(folder), read_checkpoint(folder)
+        content = read_adapter(folder)
     check_base(content, model, folder)
     load_lora_state_dict(model, content["lora"])
     with _telling_damage(folder):

@@ -31,6 +31,7 @@ from sam3_lora.faults import (
     phrase_of,
     positions_by_id,
     record_faults,
+    refuse_fatal,
 )
 from sam3_lora.geometry import mask_problem, segmentation_of
 from sam3_lora.images import DatasetError
@@ -120,9 +121,7 @@ def read_coco(
     payload = load_json(annotations_file) if payload is None else payload
     faults = () if checked else record_faults(payload, annotations_file)
     wrong = [fault for fault in faults if fault.fatal or fault.kind in TOLD_ON_READING]
-    if fatal := [fault for fault in wrong if fault.fatal]:
-        more = f" ({len(fatal) - 1} more: prepare_data.py validate lists them)"
-        raise DatasetError(f"{fatal[0]}{more if len(fatal) > 1 else ''}")
+    refuse_fatal(wrong)
     if wrong:
         message = "%s has %d errors, which validate lists, the first: %s"
         logger.warning(message, annotations_file, len(wrong), wrong[0])

@@ -93,6 +93,13 @@ def find_faults(
     ]
 
 
+def refuse_fatal(faults: Iterable[Fault]) -> None:
+    """Raises DatasetError for the first fault that reading cannot survive, if there is one."""
+    if fatal := [fault for fault in faults if fault.fatal]:
+        more = f" ({len(fatal) - 1} more: prepare_data.py validate lists them)"
+        raise DatasetError(f"{fatal[0]}{more if len(fatal) > 1 else ''}")
+
+
 def check_prompts(prompts: Any, names: Iterable[str]) -> None:
     """Raises DatasetError unless `prompts` maps names of categories to phrases."""
     names = sorted(set(names))

@@ -83,7 +83,7 @@ def cacheable_parts(
     return [*levels, (*parts, "trunk")]
 
 
-def cache_bytes(forward: Any, dataset: Any, limit_gb: float, device: str) -> int:
+def cache_bytes(forward: Forward, dataset: PromptDataset, limit_gb: float, device: str) -> int:
     """Size of the cache that a run would fill; the model needs no weights.
 
     Args:

@@ -206,7 +206,7 @@ def check_writable(folder: Path, flag: str) -> None:
         PermissionError: they cannot.
     """
     try:
-        with tempfile.TemporaryFile(dir=nearest(folder)):
+        with tempfile.TemporaryFile(dir=_nearest_folder(folder)):
             pass
     except OSError as error:
         raise PermissionError(
@@ -215,7 +215,7 @@ def check_writable(folder: Path, flag: str) -> None:
         ) from error
 
 
-def nearest(folder: Path) -> Path:
+def _nearest_folder(folder: Path) -> Path:
     """A folder, or where it is not there yet the nearest one above it."""
     place = folder.absolute()
     # A link to nothing is in the way of a folder.
@@ -228,5 +228,5 @@ def by_disk(folders: Iterable[Path]) -> list[tuple[list[Path], int]]:
     """Folders, there or not, by the file system they are on, each with its free bytes."""
     disks: dict[int, list[Path]] = {}
     for folder in folders:
-        disks.setdefault(nearest(folder).stat().st_dev, []).append(folder)
-    return [(some, shutil.disk_usage(nearest(some[0])).free) for some in disks.values()]
+        disks.setdefault(_nearest_folder(folder).stat().st_dev, []).append(folder)
+    return [(some, shutil.disk_usage(_nearest_folder(some[0])).free) for some in disks.values()]

@@ -13,10 +13,11 @@ from PIL import Image
 
 from sam3_lora.coco import CocoSplit, DatasetError, check_images, decode_mask, read_coco
 from sam3_lora.drawing import SHEET_CELL, draw_overlay, draw_panel, draw_sheet, to_cell
-from sam3_lora.faults import Fault, record_faults, set_faults
+from sam3_lora.faults import Fault, record_faults, refuse_fatal, set_faults
 from sam3_lora.images import read_image
 from sam3_lora.layout import find_split, load_json
 from sam3_lora.packages import Finding
+from sam3_lora.tables import EMPTY_LISTED
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ PANEL_IMAGES = 4
 MOST_OPENED = 2000
 MOST_NAMED = 6  # prompts that are listed
 HARMLESS = ("empty images",)  # kinds of faults that are no reason to change anything
-EMPTY_LISTED = 10  # categories without an object; of more, the summary gives the number
 
 
 def _count(split: CocoSplit) -> tuple[dict[str, int], Counter]:
@@ -138,9 +138,7 @@ def check_split(
         file, folder = find_split(path)
         payload = load_json(file)
         faults = [*record_faults(payload, file), *set_faults(payload, file)]
-        if fatal := [fault for fault in faults if fault.fatal]:
-            more = f" ({len(fatal) - 1} more: prepare_data.py validate lists them)"
-            raise DatasetError(f"{fatal[0]}{more if len(fatal) > 1 else ''}")
+        refuse_fatal(faults)
         split = read_coco(file, folder, payload, checked=True)
         split = replace(split, images=split.images[:most])
         _check_images(split)

@@ -34,15 +34,10 @@ from lora_layers import (
 from sam3_lora import coco
 from sam3_lora.checkpoint import load_adapter
 from sam3_lora.dataset import place_on_canvas
-from sam3_lora.evaluation import (
-    Detections,
-    detect_more,
-    join_detections,
-    resolve_model,
-    summarize,
-)
+from sam3_lora.evaluation import detect_more, join_detections, resolve_model, summarize
 from sam3_lora.forward import PER_ROW, VISUAL_PROMPT, Forward
 from sam3_lora.images import read_image
+from sam3_lora.metrics import Detections
 from sam3_lora.model import image_size
 from sam3_lora.tiles import merge_views, view_windows
 
@@ -163,7 +158,7 @@ def share_out(
     phrases = {name: adapter.get("categories", {}) for name, adapter in adapters.items()}
     rows: list[tuple[str, dict[str, float]]] = []
     for text in texts:
-        trained = [name for name, own in phrases.items() if trained_phrase(text, own)]
+        trained = [name for name, own in phrases.items() if _trained_phrase(text, own)]
         if "," in text and not trained:
             _tell_list(text)
         chosen = trained or (adapters if len(adapters) == 1 else ())
@@ -172,7 +167,7 @@ def share_out(
         if wanted or len(adapters) > 1:
             shown = " + ".join(f"{weight:.3g} x {name}" for name, weight in weights.items())
             log.info("prompt %r goes to %s", text, shown or "the base model alone")
-        phrase = trained_phrase(text, ChainMap(*map(phrases.get, weights)))
+        phrase = _trained_phrase(text, ChainMap(*map(phrases.get, weights)))
         if phrase not in (None, text):
             log.info("prompt %r: the adapter was trained with %r, which is used", text, phrase)
         row = phrase or text, weights
@@ -181,7 +176,7 @@ def share_out(
     return [text for text, _ in rows], [weights for _, weights in rows]
 
 
-def trained_phrase(text: str, phrases: Mapping[str, str]) -> str | None:
+def _trained_phrase(text: str, phrases: Mapping[str, str]) -> str | None:
     """The phrase of an adapter's training, of `phrases` by class name, that a prompt is or is the
     class name of, in large letters or small, which SAM 3 reads as one; None for another prompt."""
     if text in phrases.values():
@@ -199,7 +194,7 @@ def tell_unknown(texts: Iterable[str], adapter: str, phrases: Mapping[str, str])
         adapter: what to call it.
         phrases: those that it was trained on, by class name; nothing is said without any.
     """
-    unknown = [t for t in texts if t != VISUAL_PROMPT and not trained_phrase(t, phrases)]
+    unknown = [t for t in texts if t != VISUAL_PROMPT and not _trained_phrase(t, phrases)]
     if unknown and phrases:
         trained = name_some(phrases.values())
         log.info(

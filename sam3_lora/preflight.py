@@ -23,17 +23,18 @@ from safetensors import safe_open
 
 from lora_layers import count_parameters, lora_table
 from sam3_lora import checkpoint, files, memory, runlog
-from sam3_lora.coco import CocoSplit, sibling_val
+from sam3_lora.coco import CocoSplit
 from sam3_lora.config import (
     Config,
     check_same_settings,
     check_stopping,
-    load_config,
+    load_saved,
     lora_config,
     one_line,
 )
 from sam3_lora.features import cache_bytes
 from sam3_lora.forward import Forward
+from sam3_lora.layout import sibling_val
 from sam3_lora.model import (
     INDEX,
     ModelError,
@@ -136,7 +137,7 @@ def check(report: Report, config: Config, parts: Parts) -> int:
     output, training, known = config.output, config.training, Known()
     report.add(check_python(), check_packages())
     with report.part("packages"):
-        runlog.check_packages(tensorboard=output.tensorboard, wandb=output.wandb)
+        runlog.check_optional_packages(tensorboard=output.tensorboard, wandb=output.wandb)
     with suppress(ModelError):  # `check_weights` tells
         known.model, _ = load_meta_model(config.model.name, local=True)
     with report.part("device"):
@@ -157,7 +158,7 @@ def check(report: Report, config: Config, parts: Parts) -> int:
         found, known.state = check_output(output.output_dir, output.overwrite, output.resume)
         report.add(found)
         if output.resume:
-            check_same_settings(config, load_config(output.output_dir / "config.yaml", {}))
+            check_same_settings(config, load_saved(output.output_dir / "config.yaml"))
     if known.model is None:
         words = "no check of adapters, memory and disk before the model's config.json is there"
         report.add(Finding("warning", "model", words, "see `weights`"))
@@ -232,21 +233,14 @@ def _check_gpu(device: torch.device) -> Finding:
     try:
         (torch.ones(2, device=device) @ torch.ones(2, device=device)).item()
     except RuntimeError as error:  # no kernels for it, or another process has all of it
-        return Finding(
-            "error",
-            "device",
-            f"{device}: {name}, but torch fails on it: {error}",
-            f"free it, or {GET_CUDA}; --device cpu does without",
-        )
+        found = f"{device}: {name}, but torch fails on it: {error}"
+        remedy = f"free it, or {GET_CUDA}; --device cpu does without"
+        return Finding("error", "device", found, remedy)
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
     wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if wanted > there:
-        return Finding(
-            "error",
-            "device",
-            f"expected {wanted} GPUs, one a process, found {there}",
-            "use a smaller --nproc_per_node",
-        )
+        found = f"expected {wanted} GPUs, one a process, found {there}"
+        return Finding("error", "device", found, "use a smaller --nproc_per_node")
     return Finding("ok", "device", f"{device}: {name}, {free:.1f} of {total:.1f} GiB free")
 
 
@@ -254,14 +248,15 @@ def _without_gpu(device: torch.device, small: bool) -> Finding:
     """What a run without CUDA can do, and why there is none where there could be."""
     driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if driver and device.type == "cpu" and not torch.cuda.is_available():
+        found = "cpu: this machine has an NVIDIA driver, but torch"
         if torch.version.cuda is None:
-            found = f"cpu: this machine has an NVIDIA driver, but torch {torch.__version__} is a "
-            return Finding("warning", "device", f"{found}build without CUDA", GET_CUDA)
+            found = f"{found} {torch.__version__} is a build without CUDA"
+            return Finding("warning", "device", found, GET_CUDA)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             torch.cuda.is_available()
         reason = one_line(told[0].message) if told else "nvidia-smi may tell why"
-        found = f"cpu: this machine has an NVIDIA driver, but torch finds no GPU ({reason})"
+        found = f"{found} finds no GPU ({reason})"
         remedy = f"update the driver, or install torch for a CUDA older than {torch.version.cuda}"
         return Finding("warning", "device", found, remedy)
     if small:

@@ -27,8 +27,8 @@ from sam3_lora.intervals import (
     draw_weights,
     rank_images,
 )
-from sam3_lora.overview import EMPTY_LISTED, draw_objects
-from sam3_lora.tables import why_undefined
+from sam3_lora.overview import draw_objects
+from sam3_lora.tables import EMPTY_LISTED, why_undefined
 
 PANEL_TITLES = ("annotation", "base model", "adapter")
 EXAMPLES = 4  # images in each of the two lists, best and worst

@@ -123,7 +123,7 @@ class RunLogError(RuntimeError):
     """A service for figures that cannot be used: what was expected, found, to do."""
 
 
-def check_packages(**asked: bool) -> None:
+def check_optional_packages(**asked: bool) -> None:
     """Imports the optional packages that are asked for.
 
     Args:
@@ -286,7 +286,7 @@ class RunLog:
         evaluated: whether this step's validation was done; if not, its row is dropped too.
         logged: whether this step's own row was due; if not, its row, as of a run that stopped
             early, is dropped too.
-        tensorboard, wandb: whether figures also go there, see `check_packages`.
+        tensorboard, wandb: whether figures also go there, see `check_optional_packages`.
         settings: the run's, plain values, for Weights & Biases.
 
     Raises:

@@ -12,10 +12,8 @@ from sam3_lora.packages import MIN_PYTHON, check_packages
 MISMATCH = "torchvision::"  # in what torch raises where torchvision was built for another torch
 
 
-def tell(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:  # of `sys.excepthook`
-    """Writes one line about what a user can cause, and exits; a bug keeps its traceback."""
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As `sys.excepthook`, but one line for what a user can cause; a bug keeps its traceback."""
     known = isinstance(error, KeyboardInterrupt | ImportError) or MISMATCH in str(error)
     if not known or "--debug" in sys.argv:
         sys.__excepthook__(kind, error, trace)
@@ -23,25 +21,25 @@ def tell(
         sys.stderr.write("interrupted\n")
         raise SystemExit(130)
     elif isinstance(error, ModuleNotFoundError):
-        refuse(
+        _refuse(
             f"expected the package {error.name}, found none in {sys.executable}; activate the "
             "environment that has it, or run `pip install -r requirements.txt`"
         )
     elif (packages := check_packages()).state == "ok":
         sys.__excepthook__(kind, error, trace)
     else:
-        refuse(f"{packages.found} in {sys.executable}; {packages.remedy}")
+        _refuse(f"{packages.found} in {sys.executable}; {packages.remedy}")
 
 
-def refuse(message: str) -> None:
+def _refuse(message: str) -> None:
     """Writes an error's line and exits."""
     sys.stderr.write(f"error: {message}\n")
     raise SystemExit(2)
 
 
 if sys.version_info < MIN_PYTHON:
-    refuse(
+    _refuse(
         "expected Python {}.{} or newer, found {}.{} in {}; start the script with a newer "
         "one".format(*MIN_PYTHON, *sys.version_info[:2], sys.executable)
     )
-sys.excepthook = tell
+sys.excepthook = _tell

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-EMPTY_LISTED = 10  # categories without an object that the table lists; more are counted
+EMPTY_LISTED = 10  # categories without an object that a table lists; more are counted
 # Without these images nothing can tell an adapter that finds its objects everywhere.
 NONE_ABSENT = "no image lacks a category: keep images without the object to measure false alarms"
 

@@ -30,12 +30,11 @@ from sam3_lora import processes
 from sam3_lora.coco import decode_mask, encode_mask, mask_iou
 from sam3_lora.dataset import place_on_canvas
 from sam3_lora.drawing import draw_overlay
-from sam3_lora.evaluation import Detections
 from sam3_lora.files import check_writable, set_aside, write_atomically, write_picture
 from sam3_lora.forward import PADDING_BOX, Forward, normalize
 from sam3_lora.geometry import mask_box
 from sam3_lora.images import DatasetError, image_size, read_image
-from sam3_lora.metrics import coco_results
+from sam3_lora.metrics import Detections, coco_results
 from sam3_lora.model import image_size as model_side
 from sam3_lora.prediction import Prompts
 

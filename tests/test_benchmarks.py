@@ -1,12 +1,12 @@
 """The benchmarks at their smallest: ours and its rivals do the same sums, and the tables hold."""
 
-import importlib.util
+import importlib
 import sys
 from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT
+from test_docs import ROOT, load_script
 
 from lora_layers import lora_modules, lora_state_dict
 from sam3_lora.model import image_size, train_adapted
@@ -17,13 +17,8 @@ CPU = torch.device("cpu")
 
 
 def load(name: str) -> ModuleType:
-    """A benchmark as a module; `inference` is the name of a script at the root."""
-    path = ROOT / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """A benchmark as a module."""
+    return load_script(ROOT / "benchmarks" / f"{name}.py")
 
 
 @pytest.fixture(scope="module")

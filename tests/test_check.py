@@ -280,9 +280,16 @@ def test_a_run_to_go_on_with(checked, no_trace, train_args, tmp_path):
     assert code == 0 and any("will be renamed to run.1" in line for line in lines)
     code, lines = checked("--init_lora_weights", start, "--lora_rank", "4")
     assert code == 2 and names(lines, "error") == ["adapters"]
+    saved = tmp_path / "run" / "config.yaml"
+    settings = saved.read_text()
+    saved.write_text("")
+    code, lines = checked("--resume")
+    assert code == 2 and any("expected the settings of the run in" in line for line in lines)
+    saved.write_text(settings)
     (tmp_path / "run" / "checkpoint-6" / "training_state.pt").write_text("damaged")
     code, lines = checked("--resume")
     assert code == 2 and names(lines, "error") == ["output"]
+    assert any("remove that folder to go on from" in line for line in lines)
 
 
 @pytest.mark.scripts

@@ -422,6 +422,7 @@ def test_nothing_is_lost_in_the_output(export, adapters, tmp_path) -> None:
     (out / "README.md").unlink()
     code, _, err = export(*words, "--overwrite")
     assert code == 2 and "--overwrite: expected an earlier export" in err
+    assert "found other files; name another place, or leave it out" in err
     code, _, err = export(*words[:-1], adapters)
     assert code == 2 and "holds files in use" in err
     code, _, err = export(*words[:-1], out / "adapter_config.json", "--overwrite")

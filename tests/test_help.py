@@ -1,14 +1,13 @@
 """`--help` of every script: grouped, short of usage, each flag with its words and its default."""
 
 import argparse
-import importlib.util
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from test_docs import ROOT, load_script
 
 from sam3_lora.flags import FlagParser
 
@@ -30,11 +29,7 @@ def parsers(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[argparse.Ar
     """The parser of a script, and those of its subcommands."""
     monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-    spec = importlib.util.spec_from_file_location(f"help_of_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    parser = module.build_parser()
+    parser = load_script(path).build_parser()
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

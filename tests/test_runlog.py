@@ -22,7 +22,7 @@ from sam3_lora.runlog import (
     Progress,
     RunLog,
     RunLogError,
-    check_packages,
+    check_optional_packages,
     describe_end,
     flat_figures,
 )
@@ -232,11 +232,11 @@ def test_no_login_to_weights_and_biases(tmp_path, wandb, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_package_that_is_not_there(name, monkeypatch):
-    check_packages(tensorboard=False, wandb=False)
+    check_optional_packages(tensorboard=False, wandb=False)
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(RunLogError, match=f"expected the package {name}.*pip install {name}, or"):
-        check_packages(**{"tensorboard": False, "wandb": False, name: True})
+        check_optional_packages(**{"tensorboard": False, "wandb": False, name: True})
 
 
 # The panel ----------------------------------------------------------------------------------------
