@@ -325,6 +325,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         state, step = _read(folder / STATE_FILE), _step(folder)
         if not isinstance(state, dict) or state.get("step") != step:
             raise AdapterError(f"{folder / STATE_FILE}: expected the state of step {step}")
+        if not all(type(v) is float for k in ("best", "figure") for v in state[k] or ()):
+            raise ValueError("figures that are no numbers")
     return state
 
 
@@ -358,8 +360,6 @@ def restore(
         for parameter, own in optimizer.state.items():
             if not own["exp_avg"].shape == own["exp_avg_sq"].shape == parameter.shape:
                 raise ValueError("an optimizer of other shapes")
-        if not all(type(v) is float for k in ("best", "figure") for v in state[k] or ()):
-            raise ValueError("figures that are no numbers")
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty but of fp16
         states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
         if rank < len(states):

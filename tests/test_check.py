@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import train_sam3_lora
@@ -286,10 +287,12 @@ def test_a_run_to_go_on_with(checked, no_trace, train_args, tmp_path):
     code, lines = checked("--resume")
     assert code == 2 and any("expected the settings of the run in" in line for line in lines)
     saved.write_text(settings)
-    (tmp_path / "run" / "checkpoint-6" / "training_state.pt").write_text("damaged")
-    code, lines = checked("--resume")
-    assert code == 2 and names(lines, "error") == ["output"]
-    assert any("remove that folder to go on from" in line for line in lines)
+    state = tmp_path / "run" / "checkpoint-6" / "training_state.pt"
+    for spoil in (lambda: torch.save({"step": 6}, state), lambda: state.write_text("damaged")):
+        spoil()
+        code, lines = checked("--resume")
+        assert code == 2 and names(lines, "error") == ["output"]
+        assert any("remove that folder to go on from" in line for line in lines)
 
 
 @pytest.mark.scripts

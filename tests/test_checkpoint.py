@@ -410,14 +410,14 @@ def fail(*_):
 
 def test_a_checkpoint_saved_again_is_never_absent(trained, tmp_path, monkeypatch):
     """Between the old state and the new one there is no moment without either."""
-    save_checkpoint(tmp_path, 10, {"figure": [0.5]}, adapter_of(trained))
+    save_checkpoint(tmp_path, 10, {"best": None, "figure": [0.5]}, adapter_of(trained))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="went down"):
-            save_checkpoint(tmp_path, 10, {"figure": [0.6]}, adapter_of(trained))
+            save_checkpoint(tmp_path, 10, {"best": None, "figure": [0.6]}, adapter_of(trained))
     assert steps_of(checkpoints(tmp_path)) == [10]
     assert read_checkpoint(tmp_path / "checkpoint-10")["figure"] == [0.5]
     adapter = adapter_of(trained) | {"metrics": {"ap": 0.6}}
-    save_checkpoint(tmp_path, 10, {"figure": [0.6]}, adapter)
+    save_checkpoint(tmp_path, 10, {"best": None, "figure": [0.6]}, adapter)
     assert read_checkpoint(tmp_path / "checkpoint-10")["figure"] == [0.6]
     assert read_adapter(tmp_path / "checkpoint-10")["metrics"] == {"ap": 0.6}
