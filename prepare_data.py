@@ -40,7 +40,7 @@ from sam3_lora.flags import FlagParser
 from sam3_lora.formats import read_labelme, read_via, read_voc, read_yolo
 from sam3_lora.geometry import shown
 from sam3_lora.images import UNSAFE, listed
-from sam3_lora.layout import find_split, parse_json, split_dir
+from sam3_lora.layout import find_split, parse_json, sibling_val, split_dir
 from sam3_lora.mask_images import KINDS, read_masks
 from sam3_lora.overview import divide_names, fault_report, json_report, preview, summary
 from sam3_lora.repair import mend_split
@@ -435,6 +435,9 @@ def validate(args: argparse.Namespace) -> int:
         if not args.json:
             lines = [f"{count:7d}  {words}\n" for words, count in done.items()]
             sys.stdout.write(f"\nmended copy {folder}\n{''.join(lines)}{fault_report(faults)}")
+        if folder.name == "train" and (val := sibling_val(annotations_file.parent)):
+            paths = f"--train_data_path {folder} --val_data_path {val}"
+            logger.info("train on it with: python train_sam3_lora.py %s", paths)
     if args.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     if args.preview is not None:

@@ -333,7 +333,8 @@ def _is_there(target: Path, split: CocoSplit, overwrite: bool) -> bool:
     """Whether `target` holds just what would be written; raises where writing would lose files."""
     if split.images_dir.resolve().is_relative_to(target.resolve()):
         message = f"expected the source images outside {target}, found them in {split.images_dir}"
-        raise DatasetError(f"{message}; the split is written as a whole: move them elsewhere")
+        remedy = "name another folder to write to: the split is written as a whole"
+        raise DatasetError(f"{message}; {remedy}")
     if target.is_file() or target.is_symlink():
         found = "a link" if target.is_symlink() else "a file"
         raise DatasetError(f"expected a folder at {target}, found {found}; move it")

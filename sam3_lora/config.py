@@ -210,7 +210,8 @@ def _place_hint(name: str, section: str | None = None) -> str:
 def load_config(config_path: Path | None, argv_overrides: dict[str, Any]) -> Config:
     """Resolves the options: defaults, then the YAML file, then the overrides.
 
-    A `lora:` block that sets any `apply_to_*` leaves the others off; an override sets its own only.
+    A `lora:` block that sets any `apply_to_*` leaves the others off; an override sets its own only,
+    but for `num_epochs`, beside which a file's `max_steps` does not count.
 
     Args:
         config_path: A YAML file, complete or partial, or None for the defaults.
@@ -227,6 +228,8 @@ def load_config(config_path: Path | None, argv_overrides: dict[str, Any]) -> Con
     components = [flag for flag in KEYS if flag.startswith("lora_apply_to_")]
     if not found.keys().isdisjoint(components):
         found = {flag: ("false", str(config_path)) for flag in components} | found
+    if "num_epochs" in argv_overrides:
+        found.pop("max_steps", None)  # the flag says how long a run is, not the file
     for flag, value in argv_overrides.items():
         if flag in KEYS:
             found[flag] = as_text(value), f"--{flag}"

@@ -375,7 +375,7 @@ def _copy_faults(payload: dict, images_dir: Path, folder: Path) -> Iterator[Faul
             theirs = [path for path in theirs if path in used[others[path]]]
             for path in own if theirs else ():
                 message = f"expected each photo once, found the same file as {theirs[0]}"
-                remedy = "keep one: what was trained on tests nothing; --fix drops train's copy"
+                remedy = "keep one: what was trained on tests nothing; --fix DIR takes train's out"
                 yield Fault("warning", SHARED, message, path, None, remedy)
 
 

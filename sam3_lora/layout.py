@@ -67,17 +67,18 @@ def _remedy(path: Path) -> str:
         beside = {p.name: p for p in _children(parent) if annotation_file(p)}
         if close := difflib.get_close_matches(path.name, beside, n=1):
             return f"did you mean {beside[close[0]]}?"
+        if beside:
+            return f"{parent} has {', '.join(sorted(beside))}: name one of them"
         if source := _other_format(parent):
             return f"convert it first: python prepare_data.py {source}"
         return (
             "correct the path, or convert your data to it as data/README.md shows; for a first try "
-            f"`python prepare_data.py demo --output_dir {parent}` draws a data set"
+            f"`python prepare_data.py demo --output_dir {parent / 'demo'}` draws a data set"
         )
     if annotation_file(parent):
         return f"name its folder {parent}"
-    inside = sorted(filter(annotation_file, _children(path)), key=lambda p: p.name != "train")
-    if inside:
-        return f"name one split, such as {inside[0]}"
+    if inside := [str(child) for child in _children(path) if annotation_file(child)]:
+        return f"name one split: {' or '.join(inside)}"
     folder = path if path.is_dir() else parent
     if annotation_file(path) and not _holds(path, *IMAGE_SUFFIXES):
         return f"put its images into {path / 'images'}"

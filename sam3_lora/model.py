@@ -42,6 +42,8 @@ from sam3_lora import processes
 
 log = logging.getLogger(__name__)
 
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "sam3_tiny"
+
 # The hub id of Meta's weights.
 PUBLISHED = "facebook/sam3"
 # Tokens of a prompt; CLIP's text encoder has this many positions (transformers processing_sam3.py).
@@ -383,7 +385,7 @@ def access_hint(name: str, error: Exception) -> str:
         f"model.name: no folder {name} in {Path.cwd()}, and the hub did not give it ({reason}). "
         "Online: ask for access at https://huggingface.co/facebook/sam3 and run `hf auth login`. "
         "Offline: name the folder of a copy with --model_name DIR. For a first try without it: "
-        "--model_name demo/sam3_tiny, the small model that is here"
+        f"--model_name {DEMO_MODEL}, the small model that is here"
     )
 
 

@@ -272,7 +272,8 @@ def describe_end(
     tests = [folder.parent / "test" for folder in splits[:1]]
     if measured := [folder for folder in tests if annotation_file(folder)] + [*splits[1:]]:
         words = ["--lora_weights", str(best), "--data_dir", str(measured[0].parent)]
-        words += ["--split", measured[0].name] + ["--device", device] * (device != "auto")
+        words += ["--split", measured[0].name, "--compare"]
+        words += ["--device", device] * (device != "auto")
         lines.append(f"next: {command_line(EVALUATE, *words)}")
     return lines
 

@@ -246,13 +246,13 @@ def test_find_split(tmp_path):
     assert coco.split_dir(tmp_path / "new", "valid") == tmp_path / "new" / "val"
     write(tmp_path / "train", payload())
     assert coco.find_split(tmp_path / "train")[1] == tmp_path / "train" / "images"
-    with pytest.raises(DatasetError, match="expected annotations.json .* name one split, such as"):
+    with pytest.raises(DatasetError, match="expected annotations.json .* name one split: "):
         coco.find_split(tmp_path)
     with pytest.raises(DatasetError, match="found a file; name its folder .*train$"):
         coco.find_split(tmp_path / "train" / "annotations.json")
     with pytest.raises(DatasetError, match="valid is a split itself: --data_dir is the folder"):
         coco.find_split(coco.split_dir(roboflow, "val"))
-    with pytest.raises(DatasetError, match="found no such folder; correct the path, or convert"):
+    with pytest.raises(DatasetError, match="found no such folder; .* has train, valid: name one of them"):
         coco.find_split(tmp_path / "absent")
 
 

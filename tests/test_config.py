@@ -195,6 +195,16 @@ def test_value_is_refused_with_key_source_and_remedy(
     assert f"{tmp_path / 'run.yaml'}:3: " in found
 
 
+def test_num_epochs_as_a_flag_counts_more_than_a_file_s_max_steps(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("training:\n  max_steps: 800\n  num_epochs: 3\n", encoding="utf-8")
+    assert load_config(path, {}).training.max_steps == 800
+    training = load_config(path, {"num_epochs": "5"}).training
+    assert (training.num_epochs, training.max_steps) == (5, None)
+    training = load_config(path, {"num_epochs": "5", "max_steps": "7"}).training
+    assert (training.num_epochs, training.max_steps) == (5, 7)
+
+
 def test_typed_overrides_are_taken_as_flags_are() -> None:
     overrides = {"batch_size": 2, "augment": False, "output_dir": Path("a/b"), "max_steps": None}
     overrides |= {"lora_target_modules": ["fc1"], "learning_rate": 2e-5}

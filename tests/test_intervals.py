@@ -278,6 +278,7 @@ def test_a_threshold_keeps_nothing_that_was_not_measured(score, expected) -> Non
     assert (row["threshold"], row["F1_after"]) == (pytest.approx(expected), 1)
 
 
+@pytest.mark.scripts
 def test_no_threshold_is_better_than_the_chosen_one() -> None:
     split, (results, _) = random_case(8, 30)
     chosen = intervals.calibrate(split, results, "segm", 0.5)["per_category"]

@@ -15,8 +15,8 @@ COCO = {"images": [], "annotations": [], "categories": []}
 # Files of a layout (text or what becomes JSON; None: an empty file), the path that was named, and
 # the end of the message, both from the folder of the layout.
 LAYOUTS = {
-    "roboflow": ({"train/_annotations.coco.json": COCO}, ".", "such as {}/train"),
-    "parent": ({"train/annotations.json": COCO, "a/annotations.json": COCO}, ".", "as {}/train"),
+    "roboflow": ({"train/_annotations.coco.json": COCO}, ".", "name one split: {}/train"),
+    "parent": ({"train/annotations.json": COCO, "a/annotations.json": COCO}, ".", "{}/a or {}/train"),
     "images": ({"annotations.json": COCO, "images/a.jpg": None}, "images", "its folder {}"),
     "yolo": (
         {"data.yaml": "names: [a]", "train/images/a.jpg": None, "train/labels/a.txt": ""},
@@ -60,7 +60,12 @@ LAYOUTS = {
     "no images": ({"annotations.json": COCO}, ".", "put its images into {}/images"),
     "photos": ({"a.jpg": None}, ".", "data/README.md shows how for each format"),
     "slip": ({"train/annotations.json": COCO}, "trian", "did you mean {}/train?"),
-    "nothing": ({}, "train", "`python prepare_data.py demo --output_dir {}` draws a data set"),
+    "another split": (
+        {"train/annotations.json": COCO, "val/annotations.json": COCO},
+        "test",
+        "{} has train, val: name one of them",
+    ),
+    "nothing": ({}, "train", "`python prepare_data.py demo --output_dir {}/demo` draws a data set"),
 }
 
 

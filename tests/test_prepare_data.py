@@ -347,6 +347,7 @@ def test_command_line(capsys):
         assert flag in run.stdout
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize("task", scenes.TASKS)
 def test_demo_draws_three_splits_that_validate(task, tmp_path, monkeypatch, capsys):
     for split in scenes.IMAGES:

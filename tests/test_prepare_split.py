@@ -122,6 +122,7 @@ def test_all_splits_or_none(command, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "test"]
 
 
+@pytest.mark.scripts
 def test_many_names_and_labels_take_seconds():
     draw = random.Random(0)
     names = {str(i): {draw.randrange(2000) for _ in range(4)} for i in range(20_000)}

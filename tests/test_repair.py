@@ -260,7 +260,7 @@ def write_split_of(folder: Path, photos: dict[str, int]) -> None:
     save(folder, content)
 
 
-def test_a_training_photo_of_another_split_is_dropped(tmp_path, capsys):
+def test_a_training_photo_of_another_split_is_dropped(tmp_path, capsys, caplog):
     """It is dropped where it is trained on, so that what an evaluation counts stays the same."""
     data, new = tmp_path / "data", tmp_path / "new"
     write_split_of(data / "train", {"a.png": 1, "b.png": 2, "c.png": 3, "again.png": 1})
@@ -268,8 +268,10 @@ def test_a_training_photo_of_another_split_is_dropped(tmp_path, capsys):
     write_split_of(data / "test", {"2.png": 2, "9.png": 9})
     flags = ["validate", "--data_dir", str(data), "--fix", str(new)]
     assert prepare_data.main(flags) == 0
+    paths = f"--train_data_path {new / 'train'} --val_data_path {data / 'val'}"
+    assert f"train on it with: python train_sam3_lora.py {paths}" in caplog.text
     before, after = capsys.readouterr().out.split("mended copy ")
-    assert "warning: photo in two splits (3)" in before and "--fix drops train's copy" in before
+    assert "warning: photo in two splits (3)" in before and "--fix DIR takes train's out" in before
     assert "  3  images dropped that val or test has too: a.png, again.png, b.png\n" in after
     assert "  3  objects dropped with their image\n" in after
     assert [photo["file_name"] for photo in coco.read_split(new / "train").images] == ["c.png"]

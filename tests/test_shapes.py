@@ -53,6 +53,7 @@ def test_files_too_large_for_annotations(tmp_path, monkeypatch):
             read(tmp_path / name)
 
 
+@pytest.mark.scripts
 def test_deep_xml_does_not_overflow_the_stack(tmp_path):
     (tmp_path / "x.xml").write_bytes(b"<a>" * 200_000 + b"</a>" * 200_000)
     assert shapes.read_xml(tmp_path / "x.xml").tag == "a"
