@@ -252,7 +252,7 @@ def test_find_split(tmp_path):
         coco.find_split(tmp_path / "train" / "annotations.json")
     with pytest.raises(DatasetError, match="valid is a split itself: --data_dir is the folder"):
         coco.find_split(coco.split_dir(roboflow, "val"))
-    with pytest.raises(DatasetError, match="found no such folder; .* has train, valid: name one of them"):
+    with pytest.raises(DatasetError, match="no such folder; .* has train, valid: name one of them"):
         coco.find_split(tmp_path / "absent")
 
 

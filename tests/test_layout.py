@@ -16,7 +16,7 @@ COCO = {"images": [], "annotations": [], "categories": []}
 # the end of the message, both from the folder of the layout.
 LAYOUTS = {
     "roboflow": ({"train/_annotations.coco.json": COCO}, ".", "name one split: {}/train"),
-    "parent": ({"train/annotations.json": COCO, "a/annotations.json": COCO}, ".", "{}/a or {}/train"),
+    "parent": ({"train/annotations.json": COCO, "a/annotations.json": COCO}, ".", "/a or {}/train"),
     "images": ({"annotations.json": COCO, "images/a.jpg": None}, "images", "its folder {}"),
     "yolo": (
         {"data.yaml": "names: [a]", "train/images/a.jpg": None, "train/labels/a.txt": ""},

@@ -293,7 +293,8 @@ def test_a_run_ends_with_its_best_and_the_next_command(
     stopped, done, following = describe_end(at, best, splits, "ap", "cpu", 0)
     assert stopped == "stopped early at step 300: 2 evaluations without a better ap"
     assert done == "done: best_model is step 200, ap 0.412: run/best_model/lora_weights.pt"
-    words = "--lora_weights run/best_model --data_dir 'my data' --split valid --compare --device cpu"
+    words = "--lora_weights run/best_model --data_dir 'my data' --split valid --compare"
+    words += " --device cpu"
     assert following.endswith(f"evaluate_sam3_lora.py {words}") and following.startswith(
         "next: python "
     )
@@ -303,7 +304,8 @@ def test_a_run_ends_with_its_best_and_the_next_command(
     assert done == "done: best_model is step 200: run/best_model/lora_weights.pt"
     Path("my data/test").mkdir(parents=True)
     Path("my data/test/annotations.json").touch()
-    assert describe_end(at, best, splits, "ap", "auto", 0)[-1].endswith("'my data' --split test --compare")
+    last = describe_end(at, best, splits, "ap", "auto", 0)[-1]
+    assert last.endswith("'my data' --split test --compare")
 
 
 def test_early_stopping_needs_a_validation_split():

@@ -114,7 +114,8 @@ def write_masks(folder: Path, flags: Flags) -> None:
     form = flags.get("--pattern", ["{stem}"])[0].split(":")[-1]
     for number, stem in enumerate(STEMS, 1):
         mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-        for value, (_, (x, y, width, height)) in zip(values, boxes_of(number, names), strict=False):
+        for i, (_, (x, y, width, height)) in enumerate(boxes_of(number, names)):
+            value = values[i % len(values)]
             mask[y : y + height, x : x + width] = value
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask).save((folder / form.format(stem=stem)).with_suffix(".png"))
