@@ -25,6 +25,8 @@ from sam3_lora import checkpoint
 from sam3_lora.forward import Forward, predict_masks
 from sam3_lora.model import image_size, load_model, num_queries, tokenize
 
+pytestmark = pytest.mark.scripts  # whole exports
+
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "sam3_tiny"
 TEXTS = ["cat", "a red bus"]
 LORA = LoRAConfig(
@@ -212,11 +214,7 @@ def stock_model(kind: str, base: Any, folder: Path) -> Any:
     return base
 
 
-SLOWER = [pytest.param(name, marks=pytest.mark.scripts) for name in ("hf", "demo_meta", "demo_hf")]
-
-
-@pytest.mark.scripts
-@pytest.mark.parametrize("adapter", ["meta", *SLOWER])
+@pytest.mark.parametrize("adapter", ["meta", "hf", "demo_meta", "demo_hf"])
 @pytest.mark.parametrize("kind", ["peft", "load_adapter", "merged"])
 def test_stock_libraries_give_our_outputs(
     exported, load_base, ours, request, kind, adapter
@@ -236,7 +234,6 @@ def test_stock_libraries_give_our_outputs(
     assert differences(expected, other)["pred_masks"] > 1e-4
 
 
-@pytest.mark.scripts
 def test_merging_is_fp32_and_bf16_is_only_written(export, base, adapters, tmp_path) -> None:
     words = ["merge", "--lora_weights", adapters / "hf.pt", "--output_dir"]
     assert export(*words, tmp_path / "fp32")[0] == 0
@@ -258,7 +255,6 @@ def test_merging_is_fp32_and_bf16_is_only_written(export, base, adapters, tmp_pa
         assert Sam3Processor.from_pretrained(tmp_path / folder).tokenizer("cat") is not None
 
 
-@pytest.mark.scripts
 def test_video_model_holds_the_merged_detector_bit_for_bit(
     export, base, video_base, adapters, tmp_path
 ) -> None:
@@ -288,7 +284,6 @@ def test_video_model_holds_the_merged_detector_bit_for_bit(
     assert Sam3Processor.from_pretrained(tmp_path / "video")
 
 
-@pytest.mark.scripts
 def test_video_needs_a_tracker(export, base, tiny_hub_dir, adapters, tmp_path) -> None:
     words = ["merge", "--lora_weights", adapters / "hf.pt", "--output_dir", tmp_path / "out"]
     for name, message in (
@@ -318,8 +313,8 @@ def run_snippet(folder: Path, where: Path, monkeypatch: pytest.MonkeyPatch) -> s
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("cls", ["meta", pytest.param("hf", marks=pytest.mark.scripts)])
-@pytest.mark.parametrize("command", ["peft", pytest.param("merge", marks=pytest.mark.scripts)])
+@pytest.mark.parametrize("cls", ["meta", "hf"])
+@pytest.mark.parametrize("command", ["peft", "merge"])
 def test_the_card(exported, base, tmp_path, monkeypatch, command, cls) -> None:
     out = shutil.copytree(exported(command, cls), tmp_path / command)
     head, body = read_card(out)
@@ -430,7 +425,6 @@ def test_nothing_is_lost_in_the_output(export, adapters, tmp_path) -> None:
     assert list(tmp_path.glob(".*")) == []
 
 
-@pytest.mark.scripts
 def test_nothing_is_lost_at_a_file(export, adapters, tmp_path) -> None:
     words = ["import", "--source", adapters / "hf.pt", "--output", tmp_path / "a.pt"]
     assert export(*words)[0] == 0

@@ -177,6 +177,7 @@ def test_below_fp32_the_update_stays_beside_the_weights(forward, adapters) -> No
     assert all(torch.equal(state[name], value) for name, value in route.adapter[1].items())
 
 
+@pytest.mark.scripts
 def test_changes_and_vision_passes_are_as_few_as_can_be(
     forward, adapters, photo, monkeypatch
 ) -> None:

@@ -188,6 +188,7 @@ def test_a_signal_to_all_ends_no_process_that_loads_images(number):
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks at /proc for the processes")
+@pytest.mark.scripts
 def test_a_run_that_is_killed_leaves_no_process_that_loads_images(tmp_path):
     def killed(_: int) -> int:
         batches = iter(build_loader(Slow(), [[(0, i)] for i in range(99)], num_workers=2))

@@ -216,6 +216,7 @@ def test_boxes_are_merged_where_there_are_no_masks() -> None:
 # A model ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.scripts
 def test_each_view_is_seen_once_and_the_best_of_all_are_kept(loaded, monkeypatch) -> None:
     forward = Forward(*loaded)
     pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
