@@ -79,6 +79,13 @@ def write_photo(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
     Image.fromarray(pixels).save(path)
 
 
+def turn_photo(path: Path) -> None:
+    """Makes a photo another one of the same size."""
+    turned = Image.open(path).transpose(Image.Transpose.ROTATE_180)
+    path.unlink()  # it may be a link to that of another split
+    turned.save(path)
+
+
 def write_photos(folder: Path, flags: Flags) -> None:
     """The photos of the sources, with the names that a pattern of `masks` asks for."""
     pattern = flags.get("--pattern", [""])[0]
@@ -257,7 +264,11 @@ class Workspace:
         if command == "split":
             write_split(data)
         elif command == "validate":
-            write_split(data / flags.get("--split", ["train"])[0])
+            folder = data / flags.get("--split", ["train"])[0]
+            write_split(folder)
+            if "--fix" in flags:  # of photos that other splits have none would be left
+                shutil.rmtree(self.folder / flags["--fix"][0], ignore_errors=True)
+                turn_photo(min(folder.rglob("*.jpg")))
         if command not in ("create", "validate"):
             output = self.folder / flags.get("--output_dir", ["data"])[0]
             several = command in ("split", "demo")
