@@ -307,7 +307,7 @@ def test_steps_left_out_are_counted_and_named_and_change_nothing(
     assert "nan" not in (data / "run" / "metrics.csv").read_text()
     text = (data / "run" / "train.log").read_text()
     assert text.count("left out, as not finite: step ") == 2
-    assert "2 left out, lr" in text and "2 steps left out" in text.splitlines()[-2]
+    assert "2 left out, lr" in text and "2 steps left out" in text.splitlines()[-3]
     before, *after = (states(data / "run", step) for step in (2, 3, 4, 5))
     assert_equal([state[:3] for state in after[:2]], [before[:3]] * 2)
     assert after[2][1][0]["step"] == 3 and not torch.equal(
