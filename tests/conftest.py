@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +29,10 @@ READS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
 READS = {f"aten::{name}" for name in READS | {"_unique2", "unique_dim", "unique_consecutive"}}
 
 torch.set_num_threads(1)
+# A shell's background job ignores SIGINT, and nohup SIGHUP: tests send both, and children inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
