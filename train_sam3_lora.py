@@ -74,7 +74,8 @@ from sam3_lora.model import (
     num_queries,
     train_adapted,
 )
-from sam3_lora.options import MOST_USED, OutputSection, TrainingSection, find_notices
+from sam3_lora.notices import find_notices
+from sam3_lora.options import MOST_USED, OutputSection, TrainingSection
 from sam3_lora.overview import detections_panel
 
 log = logging.getLogger("train")
@@ -488,11 +489,10 @@ def main(argv: list[str] | None = None) -> int:
             train_or_save(run)
         if run.runlog:
             save_model(run, "last_model")
-    if run.runlog:
-        folders = [own.split.annotations_file.parent for own in (run.train_set, run.val_set) if own]
-        how = config.evaluation.best_metric, config.hardware.device, run.skips.total
-        for line in runlog.describe_end(run.at, run.folder / "best_model", folders, *how):
-            log.info("%s", line)
+            folders = [split.annotations_file.parent for split in splits if split]
+            how = config.evaluation.best_metric, config.hardware.device, run.skips.total
+            for line in runlog.describe_end(run.at, run.folder / "best_model", folders, *how):
+                log.info("%s", line)
     return 0
 
 

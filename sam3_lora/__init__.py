@@ -3,6 +3,7 @@
 startup     comes first: an old Python, a missing package, Ctrl-C, in one line
 options     the options of every script: one list of keys, in six sections
 packages    Python and the packages that must be installed; what one check found
+notices     what a run's data and options mean for it, for warnings
 preflight   all that a run needs, looked at before it starts: --check
 config      reads them from YAML and flags; the only reader of configuration files
 flags       the command line: parser, help, one-line errors, a flag for each option

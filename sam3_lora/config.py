@@ -1,8 +1,8 @@
 """Reads the options of options.py from YAML and from flags.
 
-Defaults come first, then a YAML file, then the flags. Whatever its
-source, a value arrives as text and is converted by the field's type: `1e-4` is a number and `no` a
-word in a file just as on a command line.
+Defaults come first, then a YAML file, then the flags. Whatever its source, a value arrives as text
+and is converted by the field's type: `1e-4` is a number and `no` a word in a file just as on a
+command line.
 """
 
 import argparse

@@ -46,7 +46,7 @@ from sam3_lora.model import (
     load_tokenizer,
     refuse_other_formats,
 )
-from sam3_lora.options import find_notices
+from sam3_lora.notices import find_notices
 from sam3_lora.overview import check_split, plural
 from sam3_lora.packages import Finding, check_packages, check_python
 

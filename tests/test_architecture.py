@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sam3_lora"
 
 MAX_ROOT_FILES = 8
-MAX_PACKAGE_FILES = 43
+MAX_PACKAGE_FILES = 44
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
 MAX_MAIN_LINES = 60
@@ -45,8 +45,9 @@ MAY_IMPORT = {
     "engine": {"processes"},
     "features": {"dataset", "files", "forward", "loader", "processes"},
     "memory": {"forward", "lora_layers", "losses", "model"},
+    "notices": {"coco", "loader", "options", "tables"},
     "preflight": {"checkpoint", "coco", "config", "features", "files", "forward"}
-    | {"layout", "lora_layers", "memory", "model", "options", "overview", "packages", "runlog"},
+    | {"layout", "lora_layers", "memory", "model", "notices", "overview", "packages", "runlog"},
     "prediction": {"checkpoint", "coco", "dataset", "evaluation", "forward", "lora_layers"}
     | {"images", "metrics", "model", "tiles"},
     "prompts": {"config", "forward", "geometry", "images", "prediction", "tiles"},

@@ -15,7 +15,8 @@ import train_sam3_lora
 from sam3_lora import memory, preflight
 from sam3_lora.coco import read_split
 from sam3_lora.loader import Plan
-from sam3_lora.options import Config, find_notices
+from sam3_lora.notices import find_notices
+from sam3_lora.options import Config
 from sam3_lora.overview import MOST_OPENED, check_split
 
 
@@ -170,8 +171,8 @@ def test_figures_that_validation_cannot_give_are_told_once_before(split_dir):
     assert told(split) == [] == told(None)
     full = dataclasses.replace(split, images=split.images[:2])
     assert told(full) == [
-        "no image of the validation split lacks a category: cgf1 and false_positive_rate cannot be "
-        "measured; keep images without the object to measure false alarms"
+        "validation: cgf1 and false_positive_rate cannot be measured, as no image lacks a "
+        "category: keep images without the object to measure false alarms"
     ]
     (text,) = told(dataclasses.replace(split, images=split.images[-1:]))
     assert text.startswith("the validation split has no object: ap, ap50, cgf1 and iou")

@@ -19,7 +19,7 @@ from sam3_lora.config import (
     load_config,
     save_config,
 )
-from sam3_lora.options import find_idle
+from sam3_lora.notices import find_idle
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILES = sorted((ROOT / "configs").glob("*.yaml"))
