@@ -367,6 +367,7 @@ def test_coco_in_coco_out(tmp_path):
         ("tinycoco/annotations/instances_val2017.json", "val2017", (6, 136, 80)),
     ],
 )
+@pytest.mark.scripts
 def test_real_data_survives_the_round_trip(real_data, tmp_path, annotations, images, counts):
     file = real_data / annotations
     images_dir = real_data / "tinycoco" / "images" / images if images else file.parent

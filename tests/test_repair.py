@@ -320,6 +320,7 @@ def test_a_real_set_whose_splits_share_photos(real_data, tmp_path, capsys):
         ("tinycoco/annotations/instances_val2017.json", "val2017", (6, 136)),
     ],
 )
+@pytest.mark.scripts
 def test_real_data_needs_no_mending(real_data, tmp_path, annotations, images, counts):
     file = real_data / annotations
     images_dir = real_data / "tinycoco" / "images" / images if images else file.parent
